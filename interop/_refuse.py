@@ -1,0 +1,96 @@
+"""One way to refuse a checkpoint: the message names the file, the part of it, what was expected and what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from qfunc._errors import CheckpointError
+
+JSON_LIMIT = 100 * 2**20
+"""Bytes of JSON that are parsed at most, the limit of the safetensors format for its own header."""
+
+
+def refuse(where, part, expected, found) -> CheckpointError:
+    """The error to raise: `<file>: <part>: expected <expected>, found <found>`, long findings cut."""
+    text = f"{found}"
+    text = text if len(text) <= 300 else text[:300] + "..."
+    part = str(part) if len(str(part)) <= 200 else str(part)[:200] + "..."
+    return CheckpointError(f"{where}: {part}: expected {expected}, found {text}" if part else f"{where}: expected {expected}, found {text}")
+
+
+def unique_pairs(where):
+    """An `object_pairs_hook` for json that refuses duplicate keys."""
+    def build(pairs):
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            seen: set = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise refuse(where, f"key {twice!r}", "one entry", "a duplicate")
+        return out
+    return build
+
+
+def parse_json(data: bytes, where):
+    """JSON that came from a stranger: size, nesting, duplicate keys and number lengths are bounded."""
+    if len(data) > JSON_LIMIT:
+        raise refuse(where, "JSON", f"at most {JSON_LIMIT} bytes", len(data))
+    try:
+        return json.loads(data, object_pairs_hook=unique_pairs(where))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise refuse(where, "JSON", "a valid document", f"{type(error).__name__}: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; CheckpointError where it is not a regular file, too large or not an object."""
+    size = regular_size(path)
+    if size > JSON_LIMIT:
+        raise refuse(path, "JSON", f"at most {JSON_LIMIT} bytes", size)
+    value = parse_json(path.read_bytes(), path)
+    if not isinstance(value, dict):
+        raise refuse(path, "JSON", "an object", type(value).__name__)
+    return value
+
+
+def regular_size(path: Path) -> int:
+    """The size of a regular file: a pipe or a device would block or never end."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise refuse(path, "", "a readable file", error.strerror) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise refuse(path, "", "a regular file", "a directory, pipe or device")
+    return info.st_size
+
+
+def inside(folder: Path, name: str, where) -> Path:
+    """The file `name` of a checkpoint folder.
+
+    Refused: absolute names, `..`, and symbolic links that leave the folder, except into the `blobs` of a hub cache, whose snapshots
+    consist of such links.
+    """
+    pure = PurePosixPath(name) if isinstance(name, str) else None
+    if pure is None or not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
+        raise refuse(where, f"file name {name!r}", "a name inside the checkpoint's folder", "one that leaves it")
+    path = folder / pure
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):
+        raise refuse(where, f"file name {name!r}", "a file", "a loop of symbolic links") from None
+    if not any(real.is_relative_to(root) for root in roots):
+        raise refuse(where, f"file name {name!r}", "a file inside the checkpoint's folder", f"a link to {real}")
+    return path
+
+
+def integer(value, where, part, low: int = 0, high: int = 2**63 - 1) -> int:
+    """A JSON integer in [low, high] (bool is not one)."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise refuse(where, part, f"an integer from {low} to {high}", repr(value))
+    return value
