@@ -1,0 +1,184 @@
+"""Other people's packings to the canonical one, in numpy, a few rows at a time so that the intermediate steps stay in cache.
+
+Canonical 4-bit rows put the codes j and 64 + j of each block of 128 into byte j. Every common packing of nibbles is a sequence of
+32-bit words whose eight nibbles are eight consecutive codes (a low-nibble-first byte stream is one, too), so the work is always the
+same: spread the nibbles of two words over eight bytes each, and put the second below the first shifted by four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qfunc._pack import BLOCK, pack, packed_size
+
+TILE = 2**18
+"""Bytes of output that are converted at a time."""
+
+_SPREAD = ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F))
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Nibble i of an AWQ word is the column AWQ_ORDER[i] of its eight."""
+
+
+def spread(words: np.ndarray) -> np.ndarray:
+    """The eight nibbles of uint32 words as the eight bytes of uint64 words, lowest first."""
+    out = words.astype(np.uint64)
+    shifted = np.empty_like(out)
+    for shift, mask in _SPREAD:
+        np.left_shift(out, np.uint64(shift), out=shifted)
+        np.bitwise_or(out, shifted, out=out)
+        np.bitwise_and(out, np.uint64(mask), out=out)
+    return out
+
+
+def join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Bytes (in uint64 words) with the nibbles of `low` below those of `high`, from uint32 words of eight nibbles."""
+    out = spread(high)
+    np.left_shift(out, np.uint64(4), out=out)
+    np.bitwise_or(out, spread(low), out=out)
+    return out
+
+
+def tiles(rows: int, row_bytes: int):
+    """Slices of rows of about TILE bytes."""
+    step = max(1, TILE // max(row_bytes, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _blocks(columns: int) -> int:
+    return -(-columns // BLOCK)
+
+
+def _pad_tail(out: np.ndarray, columns: int, fill: int) -> None:
+    """Set the codes after `columns` in 4-bit canonical rows to `fill`."""
+    last = columns % BLOCK
+    if last:
+        tail = out[..., -64:]
+        low, high = np.arange(64) >= last, np.arange(64, 128) >= last
+        keep = (np.where(low, 0, 15) | np.where(high, 0, 240)).astype(np.uint8)
+        tail[...] = (tail & keep) | ((fill | fill << 4) & ~keep)
+
+
+def nibble_rows(data: np.ndarray, columns: int, fill: int = 0, flip: int = 0) -> np.ndarray:
+    """Rows of nibbles, low one first, to canonical rows.
+
+    `data` uint8 [N, B], B >= columns / 2; `flip` is xor-ed to every code (8 turns two's complement into offset binary).
+    """
+    count = _blocks(columns)
+    out = np.empty((data.shape[0], count * 64), np.uint8)
+    for rows in tiles(len(data), out.shape[1]):
+        part = np.ascontiguousarray(data[rows])
+        if part.shape[1] != count * 64:
+            whole = np.zeros((len(part), count * 64), np.uint8)
+            whole[:, : min(part.shape[1], count * 64)] = part[:, : count * 64]
+            part = whole
+        words = part.view(np.uint32).reshape(len(part), count, 2, 8)
+        out[rows] = join(words[:, :, 0], words[:, :, 1]).view(np.uint8).reshape(len(part), -1)
+    return _finish(out, columns, fill, flip)
+
+
+def _finish(out: np.ndarray, columns: int, fill: int, flip: int) -> np.ndarray:
+    if flip:
+        np.bitwise_xor(out, np.uint8(flip | flip << 4), out=out)
+    _pad_tail(out, columns, fill)
+    return out
+
+
+def word_columns(words: np.ndarray, columns: int, fill: int = 0) -> np.ndarray:
+    """GPTQ's 4-bit packing to canonical rows: `words` uint32 [K / 8, N], eight consecutive inputs of one output a word."""
+    count, outs = _blocks(columns), words.shape[1]
+    if len(words) != count * 16:
+        words = np.concatenate([words, np.zeros((count * 16 - len(words), outs), words.dtype)])
+    out = np.empty((outs, count, 8), np.uint64)
+    for block in range(count):
+        part = words[16 * block: 16 * block + 16]
+        for span in tiles(outs, 64):
+            out[span, block] = join(part[:8, span], part[8:, span]).T
+    return _finish(out.view(np.uint8).reshape(outs, -1), columns, fill, 0)
+
+
+def awq_columns(words: np.ndarray, fill: int = 0) -> np.ndarray:
+    """AWQ's packing to canonical rows: `words` uint32 [K, N / 8], eight outputs of one input a word, in AWQ_ORDER."""
+    columns, groups = words.shape
+    count = _blocks(columns)
+    out = np.empty((groups, 8, count, 64), np.uint8)
+    for block in range(count):
+        part = words[BLOCK * block: BLOCK * block + BLOCK]
+        if len(part) < BLOCK:
+            part = np.concatenate([part, np.zeros((BLOCK - len(part), groups), words.dtype)])
+        for span in tiles(groups, 512):
+            mixed = join(part[:64, span], part[64:, span]).view(np.uint8).reshape(64, -1, 8)
+            out[span, AWQ_ORDER, block] = mixed.transpose(1, 2, 0)
+    return _finish(out.reshape(groups * 8, -1), columns, fill, 0)
+
+
+def row_pairs(data: np.ndarray, flip: int = 8) -> np.ndarray:
+    """Nibbles packed along the rows (byte row i: rows 2i low, 2i + 1 high; two's complement) to canonical rows [2 N', ...]."""
+    pairs, columns = data.shape
+    count = _blocks(columns)
+    out = np.empty((pairs, 2, count, 64), np.uint8)
+    for rows in tiles(pairs, count * 128):
+        part = data[rows].view(np.uint8)
+        if columns % BLOCK:
+            part = np.pad(part, ((0, 0), (0, count * BLOCK - columns)))
+        part = part.reshape(len(part), count, 2, 64)
+        low, high = part[:, :, 0], part[:, :, 1]
+        out[rows, 0] = (low & 15) | (high << 4)
+        out[rows, 1] = (low >> 4) | (high & 240)
+    return _finish(out.reshape(2 * pairs, -1), columns, 8, flip)
+
+
+def byte_codes(codes: np.ndarray, bits: int, offset: int, fill: int) -> np.ndarray:
+    """One code a byte to canonical rows: stored code = byte + offset (mod 256)."""
+    rows, columns = codes.shape
+    out = np.empty((rows, packed_size(columns, bits)), np.uint8)
+    for span in tiles(rows, 4 * columns):
+        part = codes[span].view(np.uint8)
+        out[span] = pack(part + np.uint8(offset) if offset else part, bits, fill)
+    return out
+
+
+def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Codes out of a dense bit stream along the last axis, least significant bit first: uint32 [..., W] to uint8 [..., count]."""
+    index = np.arange(count) * bits
+    word, shift = index // 32, (index % 32).astype(np.uint64)
+    padded = np.concatenate([words, np.zeros((*words.shape[:-1], 1), words.dtype)], -1).astype(np.uint64)
+    both = padded[..., :-1] | (padded[..., 1:] << np.uint64(32))
+    return ((both[..., word] >> shift) & np.uint64(2**bits - 1)).astype(np.uint8)
+
+
+def padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Codes out of words that hold floor(32 / bits) codes each, the rest being padding."""
+    each = 32 // bits
+    shift = (np.arange(each) * bits).astype(np.uint32)
+    codes = (words[..., None] >> shift) & np.uint32(2**bits - 1)
+    return codes.reshape(*words.shape[:-1], -1)[..., :count].astype(np.uint8)
+
+
+def by_rows(data: np.ndarray, unpack: Callable, bits: int, columns: int, fill: int) -> np.ndarray:
+    """Canonical rows of any packing that `unpack(rows of data) -> uint8 codes [n, columns]` understands; 8-bit codes stay bytes."""
+    size = columns if bits == 8 else packed_size(columns, bits)
+    out = np.empty((len(data), size), np.uint8)
+    for rows in tiles(len(data), 8 * columns):
+        codes = unpack(data[rows])
+        out[rows] = codes if bits == 8 else pack(codes, bits, fill)
+    return out
+
+
+def six_bit_bytes(data: np.ndarray, columns: int) -> np.ndarray:
+    """Four 6-bit codes in three bytes, little endian: uint8 [..., 3 columns / 4] to codes [..., columns]."""
+    part = data.reshape(*data.shape[:-1], -1, 3).astype(np.uint32)
+    word = part[..., 0] | part[..., 1] << 8 | part[..., 2] << 16
+    codes = (word[..., None] >> np.arange(0, 24, 6, dtype=np.uint32)) & 63
+    return codes.reshape(*data.shape[:-1], -1)[..., :columns].astype(np.uint8)
+
+
+def unswizzle(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Block scales out of Blackwell's tiled layout (cuBLAS, "1D block scaling factors layout"): any shape to [rows, columns].
+
+    Tiles of 128 rows by 4 scales; within one, row r and scale c lie at 16 (r % 32) + 4 (r // 32) + c.
+    """
+    tall, wide = -(-rows // 128), -(-columns // 4)
+    tiled = scale.reshape(tall, wide, 32, 4, 4)
+    return np.ascontiguousarray(tiled.transpose(0, 3, 2, 1, 4).reshape(tall * 128, wide * 4)[:rows, :columns])
