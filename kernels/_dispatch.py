@@ -1,0 +1,226 @@
+"""The table of lowerings: which implementation of a primitive runs, and why not another.
+
+An implementation says in Python, from shapes, types and static metadata alone, whether it supports a call; XLA's lowering of each
+platform takes the first that does. One jaxpr serves all platforms, because the choice is made when it is lowered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.interpreters import mlir
+
+from qfunc._qtensor import QTensor, View
+from qfunc._spec import ActivationSpec, Scheme
+
+PLATFORMS = ("cpu", "cuda", "rocm")
+
+
+class FallbackWarning(UserWarning):
+    """A preferred implementation refused a call, and a slower one runs instead. Given once for each reason."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The static side of a packed weight among the parameters of an equation, and which leaves follow as operands."""
+
+    scheme: Scheme
+    dtype: str
+    layout: str
+    pad: int
+    fields: tuple[str, ...]
+
+    @classmethod
+    def of(cls, w: QTensor) -> Packed:
+        """The record of w. Its view is left out: a matmul sees the matrix (in, out)."""
+        return cls(w.scheme, w.dtype, w.layout, w.pad, tuple(w.leaves))
+
+    def build(self, leaves) -> QTensor:
+        """The QTensor of these leaves (arrays or shapes)."""
+        return QTensor(**dict(zip(self.fields, leaves, strict=True)), scheme=self.scheme, dtype=self.dtype,
+                       layout=self.layout, pad=self.pad, view=View())
+
+    def __repr__(self) -> str:
+        return self.scheme.name + ("" if self.layout == "canonical" else f"@{self.layout}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One equation as implementations see it: abstract operands and static parameters.
+
+    Fields:
+        primitive: its name.
+        x: the activation, (ShapeDtypeStruct,) when float, (codes, scale[, zero]) when already quantized.
+        packed, leaves: the weight, as its static record and the shapes of its leaves; `w` is the QTensor of both.
+        sizes, bias: ShapeDtypeStruct or None; `sizes` are the rows of each expert (`quantized_grouped_matmul`).
+        spec: the ActivationSpec by which x is (or was) quantized, or None.
+        extra: input_scale and input_zero of `quantize_activation`.
+        out_dtype: numpy dtype of the result.
+        batch: how many leading axes x shares with w.
+        scope: how many leading axes of x are separate tensors to a per-tensor scale; the others are rows.
+    """
+
+    primitive: str
+    x: tuple[Any, ...]
+    packed: Packed | None = None
+    leaves: tuple[Any, ...] = ()
+    sizes: Any = None
+    bias: Any = None
+    spec: ActivationSpec | None = None
+    extra: tuple[Any, ...] = ()
+    out_dtype: Any = None
+    batch: int = 0
+    scope: int = 0
+
+    @property
+    def w(self) -> QTensor:
+        """The weight as a QTensor of ShapeDtypeStructs."""
+        return self.packed.build(self.leaves)
+
+    @property
+    def quantized(self) -> bool:
+        """True when x comes from `quantize_activation`."""
+        return len(self.x) > 1
+
+    def split(self, operands) -> tuple[tuple, QTensor, Any, Any]:
+        """The operands of a matmul as (parts of x, w, sizes, bias); what is absent is None."""
+        operands = list(operands)
+        x = tuple(operands[:len(self.x)])
+        w = self.packed.build(operands[len(x):len(x) + len(self.leaves)])
+        rest = operands[len(x) + len(self.leaves):]
+        sizes = rest.pop(0) if self.sizes is not None else None
+        return x, w, sizes, rest.pop(0) if rest else None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a primitive.
+
+    Fields:
+        name: `reference`, `native`, `triton`, ...
+        platforms: where it can be lowered; None for everywhere.
+        supports: (call, platform) -> None, or the reason why it cannot run this call.
+        run: (call, *operands) -> result; traceable, same operands and result as the reference.
+    """
+
+    name: str
+    platforms: tuple[str, ...] | None
+    supports: Callable[[Call, str], str | None]
+    run: Callable
+
+
+IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
+"""Primitive name to implementations, the preferred first; the reference is always the last."""
+
+
+def register(primitive: str, implementation: Implementation) -> None:
+    """Put an implementation in front of those there are."""
+    IMPLEMENTATIONS.setdefault(primitive, []).insert(0, implementation)
+
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("qfunc_implementation", default=None)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every quantized operation in this context with one implementation: `reference`, `native` or `triton`.
+
+    Functions jitted before are traced and compiled again inside, since the choice is part of jit's cache key. Raises ValueError for an
+    unknown name and, when a call is lowered that the implementation cannot run, NotImplementedError with its reason.
+    """
+    names = implementation_names()
+    if name not in names:
+        raise ValueError(f"no implementation {name!r}; there are {', '.join(names)}")
+    token = _forced.set(name)
+    try:
+        with set_xla_metadata(qfunc=name):
+            yield
+    finally:
+        _forced.reset(token)
+
+
+def implementation_names() -> list[str]:
+    """Every implementation that can be asked for."""
+    return list(dict.fromkeys(["reference", "native", "triton", *(i.name for rows in IMPLEMENTATIONS.values() for i in rows)]))
+
+
+def forced() -> str | None:
+    """The implementation that `use` asks for, or None. Becomes a parameter of each equation that is traced."""
+    return _forced.get()
+
+
+def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation, list[tuple[str, str]]]:
+    """The implementation of a call on a platform, and those refused before it, each with the reason."""
+    refused = []
+    for row in IMPLEMENTATIONS[call.primitive]:
+        if name is not None and row.name != name:
+            continue
+        if row.platforms is not None and platform not in row.platforms:
+            refused.append((row.name, f"runs on {', '.join(row.platforms)}, not on {platform}"))
+            continue
+        reason = row.supports(call, platform)
+        if reason is None:
+            return row, refused
+        refused.append((row.name, reason))
+    reasons = "; ".join(f"{n}: {r}" for n, r in refused) or "there is no such implementation of this primitive"
+    raise NotImplementedError(f"{call.primitive} on {platform}: implementation {name!r} refused ({reasons})")
+
+
+@functools.lru_cache(maxsize=4096)
+def _runner(call: Call, row: Implementation) -> Callable:
+    # One jitted function per distinct call: layers of equal shape share one traced and lowered computation.
+    def run(*operands):
+        return row.run(call, *operands)
+    run.__name__ = f"{call.primitive}_{row.name}"
+    return jax.jit(run)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn(primitive: str, chosen: str, name: str, reason: str) -> None:
+    warnings.warn(f"{primitive} runs on {chosen!r}: {name!r} refused, {reason}", FallbackWarning, stacklevel=2)
+
+
+def define(primitive, describe: Callable[..., Call]) -> None:
+    """Give a primitive its eager rule and its lowerings; `describe(avals, params)` makes the `Call` of an equation."""
+
+    def lower(ctx, *operands, platform: str, **params):
+        call = describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params)
+        row, refused = choose(call, platform, params["implementation"])
+        if params["implementation"] is None:
+            for name, reason in refused:
+                if not reason.startswith("runs on "):
+                    _warn(call.primitive, row.name, name, reason)
+        return mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
+
+    for platform in PLATFORMS:
+        mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)
+    mlir.register_lowering(primitive, functools.partial(lower, platform="other"))
+
+    @functools.lru_cache(maxsize=4096)
+    def compiled(params: tuple):
+        return jax.jit(functools.partial(primitive.bind, **dict(params)))
+
+    primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
+
+
+def shape_struct(tree):
+    """Every array of a pytree as a hashable ShapeDtypeStruct."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, np.dtype(a.dtype)), tree)
+
+
+def insert_axis(leaf, dim, size: int, at: int):
+    """A batched operand with its mapped axis moved to `at`; broadcast along it where it is not mapped."""
+    if dim is None:
+        leaf = jnp.expand_dims(leaf, at)
+        return jnp.broadcast_to(leaf, (*leaf.shape[:at], size, *leaf.shape[at + 1:]))
+    return jnp.moveaxis(leaf, dim, at)

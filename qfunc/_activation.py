@@ -1,0 +1,119 @@
+"""Quantization of activations: the formulas, as plain jax.numpy. They are the specification that every kernel must equal.
+
+s = clip amax / c, or 1 where that is 0; codes = clip(round(x / s)); a zero row gives exactly zero codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from . import _scales
+from ._codec import E4M3_LARGEST, two_level
+from ._codes import Code, code, usable
+from ._numerics import decode_e8m0, divide, round_by
+from ._spec import ActivationSpec
+
+
+class QuantizedActivation(NamedTuple):
+    """A quantized activation.
+
+    `codes`: int8 (int4 and int8), float8 or uint8 (e2m1, e2m3, e3m2: one code a byte), shape of x [..., M, K].
+    `scale`: float32, [..., M, 1] per token, [..., M, ceil(K / n)] per group, ones but for the batch axes per tensor.
+    `zero`: int32 with the shape of `scale`, or None when symmetric. x = (codes - zero) scale.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any = None
+
+
+def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, scope: int = 0) -> QuantizedActivation:
+    """Quantize an activation by its spec.
+
+    Arguments:
+        x: float [..., M, K]; computed in float32.
+        input_scale, input_zero: the calibrated scale and zero point of a static or outer per-tensor scale, broadcastable to the
+            per-tensor shape; None where the scale comes from the data.
+        scope: how many leading axes of x are separate tensors: a per-tensor scale is taken over the others.
+    """
+    element = code(spec.code)
+    x = x.astype(jnp.float32)
+    scale, zero = _scale_zero(x, spec, element, input_scale, input_zero, scope)
+    y = divide(x, _wide(scale, spec, x.shape[-1]))
+    if not element.integer:
+        return QuantizedActivation(element.encode(y, spec.rounding), scale, None)
+    y = round_by(y, spec.rounding)
+    if zero is not None:
+        y = y + _wide(zero, spec, x.shape[-1])
+    # Data-driven symmetric scales never need the lowest code; a calibrated range may.
+    lowest = -element.highest if input_scale is None and zero is None else element.lowest
+    return QuantizedActivation(jnp.clip(y, lowest, element.highest).astype(jnp.int8), scale, zero)
+
+
+def dequantize_rows(q: QuantizedActivation, spec: ActivationSpec) -> jax.Array:
+    """The float32 activation [..., M, K] of a `QuantizedActivation`."""
+    codes, scale, zero = q
+    element = code(spec.code)
+    values = codes.astype(jnp.float32) if element.integer else element.decode(codes)
+    if zero is not None:
+        values = values - _wide(zero, spec, codes.shape[-1]).astype(jnp.float32)
+    return values * _wide(scale, spec, codes.shape[-1])
+
+
+def _wide(scale, spec: ActivationSpec, columns: int):
+    return jnp.repeat(scale, spec.granularity.size, -1)[..., :columns] if spec.granularity.kind == "group" else scale
+
+
+def _tensor_axes(x, scope: int) -> tuple[int, ...]:
+    return tuple(range(scope, x.ndim))
+
+
+def _aligned(value, x, scope: int, dtype):
+    """A calibrated value [*batch, 1, 1] as an array of x's rank, its batch axes first."""
+    value = jnp.asarray(value, dtype)
+    batch = value.shape[: min(scope, max(value.ndim - 2, 0))]
+    return value.reshape(*batch, *([1] * (x.ndim - len(batch))))
+
+
+def _cells(x, spec: ActivationSpec, scope: int, reduce):
+    kind = spec.granularity.kind
+    if kind == "tensor":
+        return reduce(x, axis=_tensor_axes(x, scope), keepdims=True)
+    if kind == "token":
+        return reduce(x, axis=-1, keepdims=True)
+    size = spec.granularity.size
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])       # a zero changes neither amax nor a range with 0
+    return reduce(rearrange(padded, "... (g c) -> ... g c", c=size), axis=-1)
+
+
+def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero, scope: int):
+    if spec.outer is not None:
+        outer = _outer(x, spec, element, input_scale, scope)
+        inner = two_level(_cells(jnp.abs(x), spec, scope, jnp.max), outer, element)
+        return inner.astype(jnp.float32) * outer, None
+    if input_scale is not None and spec.granularity.kind == "tensor":
+        zero = None if spec.zero is None else _aligned(input_zero, x, scope, jnp.int32)
+        return _aligned(input_scale, x, scope, jnp.float32), zero
+    if spec.mode == "static":
+        raise ValueError("a static activation scheme needs the calibrated input_scale of the weight, found none")
+    if spec.zero == "int":
+        lo, hi = _cells(x, spec, scope, jnp.min) * spec.clip, _cells(x, spec, scope, jnp.max) * spec.clip
+        scale, zero = _scales.minmax(lo, hi, element)
+        return scale, jnp.where(jnp.isfinite(zero), zero, 0).astype(jnp.int32)
+    amax = _cells(jnp.abs(x), spec, scope, jnp.max)
+    if spec.clip != 1:
+        amax = amax * jnp.float32(spec.clip)
+    if spec.scale_rule in _scales.MX:
+        return decode_e8m0(_scales.mx_exponent(amax, element, spec.scale_rule)), None
+    return usable(_scales.SYMMETRIC[spec.scale_rule](-amax, amax, element)), None
+
+
+def _outer(x, spec: ActivationSpec, element: Code, input_scale, scope: int):
+    if input_scale is not None and spec.outer == "tensor":
+        return _aligned(input_scale, x, scope, jnp.float32)
+    axes = _tensor_axes(x, scope) if spec.outer == "tensor" else (-1,)
+    return usable(divide(jnp.max(jnp.abs(x), axes, keepdims=True), element.highest * E4M3_LARGEST))

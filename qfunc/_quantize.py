@@ -1,0 +1,255 @@
+"""`quantize` and `dequantize`: pytrees of float weights to pytrees of packed weights, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _codec
+from ._activation import E4M3_LARGEST
+from ._codes import code, usable
+from ._numerics import divide
+from ._orient import Orientation, Site, from_axes, orient, owner_of
+from ._pack import BLOCK
+from ._paths import leaf_path, nearest
+from ._progress import track
+from ._qtensor import QTensor
+from ._rules import match, normalise
+from ._scales import minmax
+from ._spec import Scheme
+
+
+@dataclass(frozen=True)
+class Job:
+    """One leaf to quantize: its scheme and the meaning of its axes."""
+
+    path: str
+    index: int
+    scheme: Scheme
+    orientation: Orientation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `quantize` will do: jobs, and the leaves that stay in floating point with the reason, by path."""
+
+    jobs: tuple[Job, ...]
+    kept: Mapping[str, str]
+
+
+def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False, check: bool = True, progress: bool | None = None):
+    """Quantize the weights of any pytree.
+
+    Arguments:
+        params: dict of arrays, flax nnx state, linen params, equinox module, ...; leaves are arrays or anything with `shape`, `dtype`
+            and `__array__` (a lazy source, read one leaf at a time). A single array is a pytree too.
+        scheme_or_rules: a scheme (name or `Scheme`) for all weights but embeddings, norms, routers and the output layer, or an ordered
+            mapping from path patterns to schemes, None (stay in floating point) or `Rule`; the first match wins.
+        calibration: statistics of `qfunc.calibrate`, or raw activations [..., K], by path. Static schemes need it; schemes with a
+            per-tensor scale that may be fixed (`fp8`, `nvfp4`) use it where it is given.
+        donate: delete each float array as soon as it is quantized, so that memory peaks near the packed result plus one leaf.
+        check: refuse weights that hold NaN or infinity (values are never checked under jit).
+        progress: show a progress bar (tqdm); by default only in a terminal or notebook, and only when it takes long.
+
+    Returns: the same pytree with a `QTensor` for each quantized weight. Formula per scheme: w ~ (codes - zero) * scale, see
+    `qfunc.schemes`. Computation is compiled once per distinct shape and scheme.
+
+    Raises ValueError, before anything is changed, for an unknown scheme, a rule without effect, missing calibration, sizes that a
+    group does not divide, and non-finite weights; one message lists all failing leaves by path.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
+    plan = make_plan(params, scheme_or_rules)
+    statistics = _statistics(plan, leaves, calibration)
+    if check:
+        _refuse_non_finite(plan, [leaf for _, leaf in leaves])
+    out = [leaf for _, leaf in leaves]
+    for job in track(plan.jobs, "quantize", progress, label=lambda job: job.path):
+        leaf = out[job.index]
+        out[job.index] = encode_leaf(leaf, job.scheme, job.orientation, statistics.get(job.path))
+        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            jax.block_until_ready(out[job.index])
+            leaf.delete()
+        leaf = None
+    return jax.tree.unflatten(tree, out)
+
+
+def dequantize(params, dtype=None):
+    """Every QTensor of a pytree as a float array in its owner's shape, computed in float32 and cast once.
+
+    `dtype` defaults to each weight's logical dtype. A single QTensor is a pytree too. Float leaves are left as they are.
+    """
+    return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if _is_packed(leaf) else leaf, params, is_leaf=_is_packed)
+
+
+def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation] | None = None) -> Plan:
+    """Match rules and orientations without touching a value; `known` gives orientations by path that precede the table's.
+
+    Raises ValueError as `quantize` says.
+    """
+    rules = normalise(scheme_or_rules)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
+    sites = {}
+    for index, (keys, leaf) in enumerate(leaves):
+        path = leaf_path(keys)
+        if path in sites:
+            raise ValueError(f"two leaves have the path {path!r}")
+        sites[path] = (index, keys, leaf)
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, (_, _, leaf) in sites.items()}
+    matches = match(rules, shapes)
+    jobs, kept, failures = [], {}, []
+    for path, (index, keys, leaf) in sites.items():
+        found = matches.get(path)
+        if found is None or found.scheme is None:
+            kept[path] = found.reason if found else "no rule matches"
+            continue
+        try:
+            answer = _orientation(path, keys, leaf, found, shapes, params, known or {})
+            if isinstance(answer, Orientation):
+                check_shape(shapes[path], found.scheme, answer)
+                jobs.append(Job(path, index, found.scheme, answer))
+            else:
+                kept[path] = answer
+        except ValueError as error:
+            failures.append(f"{path or 'the array'}: {error}")
+    if failures:
+        raise ValueError("\n".join(failures) if len(failures) == 1 else f"{len(failures)} leaves cannot be quantized:\n" + "\n".join(failures))
+    _refuse_idle_schemes(rules, matches, jobs, kept)
+    return Plan(tuple(jobs), kept)
+
+
+def _refuse_idle_schemes(rules, matches, jobs, kept) -> None:
+    busy = {matches[job.path].pattern for job in jobs}
+    for pattern, rule in rules.items():
+        if rule.scheme is None or pattern in busy or (pattern == "*" and len(rules) > 1):
+            continue
+        reasons = [f"{path or 'the array'} ({kept[path]})" for path, m in matches.items() if m.pattern == pattern]
+        raise ValueError(f"rule {pattern!r} quantizes nothing: " + (", ".join(reasons[:5]) or "there is no leaf"))
+
+
+def _orientation(path, keys, leaf, found, shapes, root, known) -> Orientation | str:
+    explicit = found.pattern != "*"
+    if _is_packed(leaf):
+        if not explicit or leaf.scheme == found.scheme:
+            return f"already quantized as {leaf.scheme.name}"
+        raise ValueError(f"already quantized as {leaf.scheme.name}, the rule asks for {found.scheme.name}; dequantize it first")
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        if explicit:
+            raise ValueError(f"expected a floating point weight, found {dtype if dtype is not None else type(leaf).__name__}")
+        return f"of type {dtype}"
+    shape = shapes[path]
+    if found.rule.axes is not None:
+        return from_axes(shape, *found.rule.axes)
+    if found.rule.batch is not None:
+        if len(shape) != found.rule.batch + 2:
+            raise ValueError(f"the rule says {found.rule.batch} batch axes and two more, found shape {shape}")
+        return Orientation(found.rule.batch)
+    answer = known.get(path) or orient(Site(path, shape, owner_of(root, keys), shapes))
+    if explicit and isinstance(answer, str) and len(shape) > 2 and "unknown meaning" in answer:
+        raise ValueError(f"shape {shape} has {answer}")
+    return answer
+
+
+def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
+    """Raise ValueError, naming sizes that would fit, where a scheme cannot hold a weight of this shape."""
+    if len(shape) != orientation.axes:
+        raise ValueError(f"expected {orientation.axes} axes, found shape {tuple(shape)}")
+    _, ins, outs = orientation.split(shape)
+    columns, rows = math.prod(ins), math.prod(outs)
+    if not columns or not rows:
+        raise ValueError(f"an empty weight of shape {tuple(shape)}")
+    for what, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
+        if spec is not None and spec.granularity.kind == "group" and columns % spec.granularity.size:
+            fits = [d for d in range(columns, 1, -1) if columns % d == 0 and d <= 512][:6]
+            raise ValueError(f"{what} groups of {spec.granularity.size} do not divide the contracted size {columns} of shape {tuple(shape)}; "
+                             f"groups that would: {', '.join(map(str, fits)) or 'none'}")
+
+
+def encode_leaf(leaf, scheme: Scheme, orientation: Orientation, statistics=None) -> QTensor:
+    """The QTensor of one float leaf; `statistics` are those of its activation, or None."""
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    batch, ins, _ = orientation.split(shape)
+    columns = math.prod(ins)
+    w = leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
+    perm = None
+    if scheme.weight.actorder:
+        perm = jnp.broadcast_to(jnp.argsort(-statistics.sq_sum, axis=-1, stable=True).astype(jnp.int32), (*batch, columns))
+    leaves = _encode(w, perm, scheme.weight, orientation)
+    extra = _input_scales(scheme, statistics, batch)
+    packed = code(scheme.weight.code).packed
+    return QTensor(**leaves, **extra, scheme=scheme, dtype=dtype.name, pad=-columns % BLOCK if packed else 0, view=orientation.view(shape))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _encode(w, perm, spec, orientation: Orientation):
+    batch, ins, outs = orientation.split(w.shape)
+    first, second = (outs, ins) if orientation.transposed else (ins, outs)
+    matrix = w.reshape(*batch, math.prod(first), math.prod(second))
+    if not orientation.transposed:
+        matrix = jnp.swapaxes(matrix, -1, -2)
+    return _codec.encode(matrix, spec, perm)
+
+
+def _input_scales(scheme: Scheme, statistics, batch: tuple[int, ...]) -> dict[str, Any]:
+    """Calibrated input_scale and input_zero [..., 1, 1] of schemes with a per-tensor scale."""
+    spec = scheme.activation
+    if spec is None or statistics is None or not (spec.granularity.kind == "tensor" or spec.outer == "tensor"):
+        return {}
+    element = code(spec.code)
+    lo, hi = jnp.min(statistics.min, -1)[..., None, None] * spec.clip, jnp.max(statistics.max, -1)[..., None, None] * spec.clip
+    if spec.zero == "int":
+        scale, zero = minmax(lo, hi, element)
+        return {"input_scale": jnp.broadcast_to(scale, (*batch, 1, 1)), "input_zero": jnp.broadcast_to(zero.astype(jnp.int32), (*batch, 1, 1))}
+    top = element.highest * (E4M3_LARGEST if spec.outer else 1)
+    scale = usable(divide(jnp.maximum(jnp.abs(lo), jnp.abs(hi)), top))
+    return {"input_scale": jnp.broadcast_to(scale, (*batch, 1, 1))}
+
+
+def _statistics(plan: Plan, leaves, calibration) -> dict[str, Any]:
+    """Statistics by path for every job that can use them; ValueError where one needs them and has none."""
+    found, missing = {}, []
+    for job in plan.jobs:
+        spec = job.scheme.activation
+        needs = job.scheme.weight.actorder or (spec is not None and spec.mode == "static")
+        if calibration is None or job.path not in calibration:
+            if needs:
+                near = f" (nearest given: {', '.join(nearest(job.path, calibration))})" if calibration else ""
+                missing.append(f"{job.path or 'the array'}: {job.scheme.name} needs calibration, found none{near}")
+            continue
+        from ._calibrate import as_statistics
+        statistics = as_statistics(calibration[job.path])
+        _, ins, _ = job.orientation.split(leaves[job.index][1].shape)
+        if statistics.min.shape[-1] != math.prod(ins):
+            missing.append(f"{job.path}: calibration has {statistics.min.shape[-1]} channels, the weight contracts {math.prod(ins)}")
+            continue
+        found[job.path] = statistics
+    if missing:
+        raise ValueError("\n".join([*missing, "pass calibration=qfunc.calibrate(apply, params, batches), or raw activations by path"]))
+    return found
+
+
+@jax.jit
+def _all_finite(w):
+    return jnp.isfinite(w).all()
+
+
+def _refuse_non_finite(plan: Plan, leaves) -> None:
+    flags = {}
+    for job in plan.jobs:
+        leaf = leaves[job.index]
+        if not isinstance(leaf, jax.core.Tracer):
+            flags[job.path] = _all_finite(leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf))
+    bad = [path or "the array" for path, flag in flags.items() if not isinstance(flag, jax.core.Tracer) and not bool(flag)]
+    if bad:
+        raise ValueError(f"NaN or infinity in {', '.join(bad)}; nothing was quantized")
+
+
+def _is_packed(leaf) -> bool:
+    return isinstance(leaf, QTensor)
