@@ -20,7 +20,7 @@ from qfunc import _views
 from qfunc._paths import leaf_path
 from qfunc._qtensor import QTensor
 from qfunc._tracked import Leaf, Tracked, is_packed, track_packed, where
-from qfunc._trees import TRACED, join, split
+from qfunc._trees import join, split
 from qfunc._walk import Walker
 from qfunc.kernels import grouped_matmul, matmul, take
 
@@ -93,8 +93,8 @@ class Replacer(Walker):
             return super().plain(value, eqn)
         if self.on_unknown == "raise":
             reached = "the result of the function" if eqn is None else where(eqn)
-            raise ValueError(f"{value.leaf.path}: a packed weight, {value.leaf.packed!r}, reaches {reached}, which has no packed form; keep it in "
-                             "floating point by a rule, or pass on_unknown='dequantize'")
+            raise ValueError(f"{value.leaf.path}: a packed weight, {value.leaf.packed!r}, reaches {reached}, which has no packed form; "
+                             "keep it in floating point by a rule, or pass on_unknown='dequantize'")
         return materialize(value)
 
     def result(self, value):
@@ -111,7 +111,7 @@ class Replacer(Walker):
         return self.stray(eqn, values) if out is None else [out]
 
     def pick(self, eqn, values: list) -> list:
-        out = _rows(eqn, *values) if is_packed(values[0]) else None
+        out = _rows(eqn, *values) if is_packed(values[0]) and not is_packed(values[1]) else None
         return self.stray(eqn, values) if out is None else [out]
 
 
@@ -125,17 +125,11 @@ def roles(leaf: Leaf) -> tuple[list[int], list[int], list[int]]:
 
 def materialize(value: Tracked) -> jax.Array:
     """The float array of a view of a packed leaf."""
-    leaf, parts = value.leaf, _views.elementary(value.axes)
-    names = [name for dimension in parts for name, _ in dimension]
-    runs: dict[int, list] = {}
-    for dimension in parts:
-        for _, run in dimension:
-            if run.axis is not None:
-                runs.setdefault(run.axis, []).append(run)
-    cut = [run for axis in leaf.sizes for run in sorted(runs.get(axis, ()), key=lambda run: -run.step)]
-    array = leaf.packed.dequantize(value.dtype).reshape([run.size for run in cut])
-    return _place(array, [_views.label(run, ()) for run in cut], [(n, r.size) for n, r in zip(names, [r for d in parts for _, r in d], strict=True)],
-                  _views.shape(value.axes))
+    leaf = value.leaf
+    parts = [part for dimension in _views.elementary(value.axes) for part in dimension]
+    cut = sorted((part for part in parts if part[1].axis is not None), key=lambda part: (part[1].axis, -part[1].step))
+    array = leaf.packed.dequantize(value.dtype).reshape([run.size for _, run in cut])
+    return _place(array, [name for name, _ in cut], [(name, run.size) for name, run in parts], _views.shape(value.axes))
 
 
 def _place(array, labels: list, target: list, shape) -> jax.Array:
@@ -172,7 +166,7 @@ def _dot(eqn, values: list, place: int):
     y = matmul(x, q, out_dtype=jnp.float32 if summed else out.dtype)
     if summed:
         y = y.sum([batch.index(axis) for axis in summed]).astype(out.dtype)
-    labels = [name for axis in (*(a for a in batch if a not in summed), ) for name in dot.of(axis)] + rows
+    labels = [name for axis in batch if axis not in summed for name in dot.of(axis)] + rows
     labels += [name for axis in outs for name in dot.of(axis)]
     every = dict(dot.target)
     return _place(y.reshape([every[name] for name in labels]), labels, list(dot.target), out.shape)
@@ -211,11 +205,9 @@ def _axes(value: Tracked, dimension: int) -> list[int] | None:
 def _rows(eqn, table: Tracked, ids):
     """Rows of an embedding: one index into all output axes of the leaf, whole rows of its contracted axes."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map) or isinstance(ids, Tracked):
+    indexed, *more = numbers.start_index_map
+    if more or tuple(numbers.collapsed_slice_dims) != (indexed,) or numbers.operand_batching_dims or len(table.axes) != 2:
         return None
-    if numbers.operand_batching_dims or len(table.axes) != 2:
-        return None
-    (indexed,) = numbers.start_index_map
     batch, ins, outs = roles(table.leaf)
     real = [a for a, n in table.leaf.sizes.items() if n > 1]
     if batch or sizes[1 - indexed] != _views.shape(table.axes)[1 - indexed]:
