@@ -137,7 +137,7 @@ def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, ow
     if values.dtype != weight.dtype:
         values, weight = values.astype(jnp.int32), weight.astype(jnp.int32)
     own = spec.granularity.size if spec.granularity.kind == "group" else columns
-    segment = columns if group >= columns and own >= columns else math.gcd(group, own) if group < columns and own < columns else min(group, own)
+    segment = math.gcd(*(size for size in (group, own) if size < columns)) or columns
     count = -(-columns // segment)
 
     def per_row(scales):                        # [..., N] of each row's expert where there are experts

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qfunc import _codec, _pack
 from qfunc._codes import code
+from qfunc._numerics import multiply_add
 from qfunc._qtensor import CODECS, QTensor
 
 
@@ -56,7 +57,7 @@ def _rows(w: QTensor, ids, columns: int):
         out = values * wide
     else:
         zero = _spread(gather(w.zero.astype(jnp.float32)), granularity, columns)
-        out = (values - zero) * wide if spec.zero == "int" else values * wide + zero
+        out = (values - zero) * wide if spec.zero == "int" else multiply_add(values, wide, zero)
     return out if w.perm is None else out[:, jnp.argsort(w.perm)]
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from . import _pack, _scales
 from ._codes import Code, code, usable
-from ._numerics import decode_e8m0, divide, round_by
+from ._numerics import decode_e8m0, divide, multiply_add, round_by
 from ._spec import TENSOR, WeightSpec
 
 E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
@@ -59,7 +59,7 @@ def decode(leaves: dict, spec: WeightSpec, columns: int) -> jax.Array:
     scale = _scales.spread(outer_scale(leaves, spec), spec.granularity, rows, columns)
     if spec.zero is not None:
         zero = _scales.spread(leaves["zero"].astype(jnp.float32), spec.granularity, rows, columns)
-        w = (values - zero) * scale if spec.zero == "int" else values * scale + zero
+        w = (values - zero) * scale if spec.zero == "int" else multiply_add(values, scale, zero)
     else:
         w = values * scale
     if leaves.get("perm") is not None:
@@ -76,7 +76,7 @@ def outer_scale(leaves: dict, spec: WeightSpec) -> jax.Array:
         *batch, rows, groups = scale.shape
         inner = jnp.take(jnp.asarray(dynamic_map()), scale.astype(jnp.int32), mode="clip").reshape(*batch, 1, rows * groups)
         blocks = jnp.repeat(leaves["scale2"], NESTED_BLOCK, -1)[..., : rows * groups]
-        return (inner * blocks + leaves["scale_offset"]).reshape(*batch, rows, groups)
+        return multiply_add(inner, blocks, leaves["scale_offset"]).reshape(*batch, rows, groups)
     scale = scale.astype(jnp.float32)
     return scale if leaves.get("scale2") is None else scale * leaves["scale2"].astype(jnp.float32)
 

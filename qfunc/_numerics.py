@@ -20,6 +20,16 @@ def divide(x, y):
     return jnp.asarray(x, jnp.float32) / y
 
 
+def multiply_add(x, y, z):
+    """x y + z with both roundings; float32.
+
+    XLA's CPU backend contracts a product and a sum to one fused operation, in some programs and not in others. Taking the product
+    apart into magnitude and sign is exact and keeps it from that; barriers and bitcasts do not.
+    """
+    product = x * y
+    return jnp.abs(product) * jnp.sign(product) + z
+
+
 def float_bits(x):
     """The bit pattern of float32 x, as int32."""
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)

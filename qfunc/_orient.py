@@ -100,7 +100,7 @@ def _attention(site: Site):
     core, bias = site.shape[batch:], site.sibling("bias")
     if parent in ("query", "key", "value"):
         partner = site.sibling("out", "kernel")
-        folded = bias[batch:] == core[1:] if bias else bool(partner) and partner[batch:] == (*core[1:], core[0])
+        folded = bias[batch:] == core[1:] if bias else partner is not None and partner[batch:] == (*core[1:], core[0])
         return Orientation(batch, 1, 2) if batch or folded else None
     if parent == "out":
         partner = site.sibling("query", "kernel")
@@ -143,14 +143,17 @@ def orient(site: Site) -> Orientation | str:
 
 
 def from_axes(shape: Sequence[int], ins: Sequence[int], outs: Sequence[int]) -> Orientation:
-    """The orientation that a rule's `axes=(ins, outs)` names; every other axis is a leading batch axis. ValueError where they do not fit."""
+    """The orientation that a rule's `axes=(ins, outs)` names; every other axis is a leading batch axis.
+
+    ValueError where they do not fit.
+    """
     count = len(shape)
     ins, outs = [i % count for i in ins], [o % count for o in outs]
     batch = count - len(ins) - len(outs)
     for transposed, order in ((False, [*ins, *outs]), (True, [*outs, *ins])):
         if ins and outs and order == list(range(batch, count)):
             return Orientation(batch, len(ins), len(outs), transposed)
-    raise ValueError(f"axes in {tuple(ins)} and out {tuple(outs)} of {count}: expected neighbours at the end, in order, batch axes in front")
+    raise ValueError(f"axes in {tuple(ins)} and out {tuple(outs)} of {count}: expected neighbours at the end, in order")
 
 
 def owner_of(root, keys: Sequence) -> str:

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -154,7 +155,7 @@ class QTensor:
 
     def __rmatmul__(self, x):
         if self.view.transposed or self.view.ins or self.view.outs:
-            raise ValueError(f"x @ w contracts the first axis of w, found {self!r} of view {self.view}; qfunc.matmul(x, w) always contracts `in`")
+            raise ValueError(f"x @ w contracts the first axis of w, found {self!r} of {self.view}; qfunc.matmul(x, w) contracts `in`")
         from .kernels import matmul
         return matmul(x, self)
 
@@ -176,8 +177,8 @@ class QTensor:
     def __treescope_repr__(self, path, subtree_renderer):
         from treescope import repr_lib
         return repr_lib.render_object_constructor(
-            object_type=type(self), attributes={"scheme": self.scheme.name, "shape": self.shape, "bits_per_weight": round(self.bits_per_weight, 2)},
-            path=path, subtree_renderer=subtree_renderer)
+            object_type=type(self), path=path, subtree_renderer=subtree_renderer,
+            attributes={"scheme": self.scheme.name, "shape": self.shape, "bits_per_weight": round(self.bits_per_weight, 2)})
 
 
 
@@ -189,7 +190,10 @@ class _Codecs:
         self.decoders: dict[str, Any] = {}
 
     def register(self, name: str, elements: int, size: int, decoder) -> None:
-        """Make `name` a weight code: blocks of `elements` in `size` bytes; `decoder(raw uint8 [..., bytes], columns)` gives float32 [..., columns]."""
+        """Make `name` a weight code in blocks of `elements` elements and `size` bytes.
+
+        `decoder(raw uint8 [..., bytes], columns)` gives float32 [..., columns].
+        """
         self.blocks[name], self.decoders[name] = (elements, size), decoder
 
     def columns(self, name: str, size: int) -> int:
@@ -253,3 +257,5 @@ def _deserialize(data) -> tuple:
 
 
 jax.tree_util.register_pytree_with_keys(QTensor, _flatten_with_keys, _unflatten, _flatten)
+jax.export.register_pytree_node_serialization(
+    QTensor, serialized_name="qfunc.QTensor", serialize_auxdata=_serialize, deserialize_auxdata=_deserialize)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _codec
-from ._activation import E4M3_LARGEST
+from ._codec import E4M3_LARGEST
 from ._codes import code, usable
 from ._numerics import divide
 from ._orient import Orientation, Site, from_axes, orient, owner_of
@@ -44,7 +44,8 @@ class Plan:
     kept: Mapping[str, str]
 
 
-def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False, check: bool = True, progress: bool | None = None):
+def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False, check: bool = True, progress: bool | None = None,
+             orientations: Mapping[str, Orientation | str] | None = None):
     """Quantize the weights of any pytree.
 
     Arguments:
@@ -57,6 +58,8 @@ def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False,
         donate: delete each float array as soon as it is quantized, so that memory peaks near the packed result plus one leaf.
         check: refuse weights that hold NaN or infinity (values are never checked under jit).
         progress: show a progress bar (tqdm); by default only in a terminal or notebook, and only when it takes long.
+        orientations: the meaning of leaves' axes by path, where more is known than names and shapes tell (`qfunc.layers.weight_axes`
+            finds it from the function that uses them); a string is the reason why a leaf stays in floating point.
 
     Returns: the same pytree with a `QTensor` for each quantized weight. Formula per scheme: w ~ (codes - zero) * scale, see
     `qfunc.schemes`. Computation is compiled once per distinct shape and scheme.
@@ -65,7 +68,7 @@ def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False,
     group does not divide, and non-finite weights; one message lists all failing leaves by path.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
-    plan = make_plan(params, scheme_or_rules)
+    plan = make_plan(params, scheme_or_rules, orientations)
     statistics = _statistics(plan, leaves, calibration)
     if check:
         _refuse_non_finite(plan, [leaf for _, leaf in leaves])
@@ -76,7 +79,7 @@ def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False,
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             jax.block_until_ready(out[job.index])
             leaf.delete()
-        leaf = None
+        del leaf
     return jax.tree.unflatten(tree, out)
 
 
@@ -88,7 +91,7 @@ def dequantize(params, dtype=None):
     return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if _is_packed(leaf) else leaf, params, is_leaf=_is_packed)
 
 
-def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation] | None = None) -> Plan:
+def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation | str] | None = None) -> Plan:
     """Match rules and orientations without touching a value; `known` gives orientations by path that precede the table's.
 
     Raises ValueError as `quantize` says.
@@ -119,7 +122,7 @@ def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation] | None =
         except ValueError as error:
             failures.append(f"{path or 'the array'}: {error}")
     if failures:
-        raise ValueError("\n".join(failures) if len(failures) == 1 else f"{len(failures)} leaves cannot be quantized:\n" + "\n".join(failures))
+        raise ValueError("\n".join([f"{len(failures)} leaves cannot be quantized:"] * (len(failures) > 1) + failures))
     _refuse_idle_schemes(rules, matches, jobs, kept)
     return Plan(tuple(jobs), kept)
 
@@ -165,11 +168,11 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
     columns, rows = math.prod(ins), math.prod(outs)
     if not columns or not rows:
         raise ValueError(f"an empty weight of shape {tuple(shape)}")
-    for what, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
-        if spec is not None and spec.granularity.kind == "group" and columns % spec.granularity.size:
-            fits = [d for d in range(columns, 1, -1) if columns % d == 0 and d <= 512][:6]
-            raise ValueError(f"{what} groups of {spec.granularity.size} do not divide the contracted size {columns} of shape {tuple(shape)}; "
-                             f"groups that would: {', '.join(map(str, fits)) or 'none'}")
+    granularity = scheme.weight.granularity
+    if granularity.kind == "group" and columns % granularity.size:
+        fits = [d for d in range(min(columns, 512), 1, -1) if columns % d == 0][:6]
+        raise ValueError(f"{scheme.name}: groups of {granularity.size} do not divide the contracted size {columns} "
+                         f"of shape {tuple(shape)}; groups that would: {', '.join(map(str, fits)) or 'none'}")
 
 
 def encode_leaf(leaf, scheme: Scheme, orientation: Orientation, statistics=None) -> QTensor:
@@ -206,7 +209,8 @@ def _input_scales(scheme: Scheme, statistics, batch: tuple[int, ...]) -> dict[st
     lo, hi = jnp.min(statistics.min, -1)[..., None, None] * spec.clip, jnp.max(statistics.max, -1)[..., None, None] * spec.clip
     if spec.zero == "int":
         scale, zero = minmax(lo, hi, element)
-        return {"input_scale": jnp.broadcast_to(scale, (*batch, 1, 1)), "input_zero": jnp.broadcast_to(zero.astype(jnp.int32), (*batch, 1, 1))}
+        zero = zero.astype(jnp.int32)
+        return {"input_scale": jnp.broadcast_to(scale, (*batch, 1, 1)), "input_zero": jnp.broadcast_to(zero, (*batch, 1, 1))}
     top = element.highest * (E4M3_LARGEST if spec.outer else 1)
     scale = usable(divide(jnp.maximum(jnp.abs(lo), jnp.abs(hi)), top))
     return {"input_scale": jnp.broadcast_to(scale, (*batch, 1, 1))}
@@ -224,7 +228,7 @@ def _statistics(plan: Plan, leaves, calibration) -> dict[str, Any]:
                 missing.append(f"{job.path or 'the array'}: {job.scheme.name} needs calibration, found none{near}")
             continue
         from ._calibrate import as_statistics
-        statistics = as_statistics(calibration[job.path])
+        statistics = as_statistics(calibration[job.path], job.path)
         _, ins, _ = job.orientation.split(leaves[job.index][1].shape)
         if statistics.min.shape[-1] != math.prod(ins):
             missing.append(f"{job.path}: calibration has {statistics.min.shape[-1]} channels, the weight contracts {math.prod(ins)}")

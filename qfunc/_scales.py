@@ -93,7 +93,7 @@ def _field(x):
 
 
 def _ceil_field(x):
-    return _field(x) + ((float_bits(x) & 0x7FFFFF) != 0)
+    return _field(x) + ((float_bits(x) & 0x7FFFFF) != 0).astype(jnp.int32)
 
 
 def _even(amax, code: Code, mantissa: int):

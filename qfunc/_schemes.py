@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 
 from ._paths import nearest
 from ._spec import CHANNEL, TENSOR, ActivationSpec, Granularity, Scheme, WeightSpec, block, group
@@ -133,7 +133,7 @@ def _reordered(row: Scheme) -> Scheme:
     return row.replace(weight_actorder=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scheme(name: str) -> Scheme:
     """The scheme of a name or alias.
 
@@ -174,7 +174,7 @@ _VARIANTS = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _listed() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(row for row in _ROWS if row not in _ONLY_GROUPED), *_VARIANTS]))
 
