@@ -110,10 +110,18 @@ def _attention(site: Site):
 
 
 def _kernel(site: Site):
-    """`kernel` is (in, out) in flax and here; a third axis in front stacks layers or experts."""
-    if site.name == "kernel" and len(site.shape) in (2, 3):
-        return Orientation(len(site.shape) - 2)
-    return None
+    """`kernel` is (in, out) in flax and here; of more axes, the bias tells which are folded: it has the batch and output axes.
+
+    Without a bias, a third axis in front stacks layers or experts.
+    """
+    count, bias = len(site.shape), site.sibling("bias")
+    if site.name != "kernel":
+        return None
+    if bias is None or count == 2:
+        return Orientation(count - 2) if count in (2, 3) else None
+    fits = [Orientation(batch, ins, count - batch - ins) for batch in range(count - 1) for ins in range(1, count - batch)
+            if bias == site.shape[:batch] + site.shape[batch + ins:]]
+    return fits[0] if len(fits) == 1 else None
 
 
 def _weight(site: Site):

@@ -121,6 +121,8 @@ def of_groups(x, group_sizes) -> Statistics:
 def as_statistics(value, path: str = "activations") -> Statistics:
     """What a caller gave as the calibration of one weight: a `Statistics`, or raw activations [..., K].
 
+    Experts that saw no row get the statistics of all rows, so that their scales are those of their neighbours.
+
     Raises ValueError, naming `path`, where it is not finite, and TypeError where it is neither.
     """
     if not isinstance(value, Statistics):
@@ -131,7 +133,19 @@ def as_statistics(value, path: str = "activations") -> Statistics:
         except ValueError as error:
             raise ValueError(f"calibration of {path}: {error}") from None
     refuse(value, path)
-    return value
+    return _filled(value)
+
+
+def _filled(found: Statistics) -> Statistics:
+    every = found
+    for _ in range(jnp.ndim(found.count)):
+        every = every.reduce(0)
+    seen = jnp.asarray(found.count) > 0
+
+    def fill(part, whole):
+        return jnp.where(seen if jnp.ndim(part) == seen.ndim else seen[..., None], part, whole)
+
+    return jax.tree.map(fill, found, every)
 
 
 def merge(first, second):

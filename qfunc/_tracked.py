@@ -91,6 +91,17 @@ def opened(jaxpr) -> tuple[Any, Sequence]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", None) or ()
 
 
+def live(jaxpr) -> list:
+    """The equations that a result or an effect needs: what a function computes and drops must not be taken for a use of a weight."""
+    needed = {v for v in jaxpr.outvars if not literal(v)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(v for v in eqn.invars if not literal(v))
+            kept.append(eqn)
+    return kept[::-1]
+
+
 def bind(eqn, values: list) -> list:
     """Evaluate one equation as it is."""
     with getattr(eqn.ctx, "manager", contextlib.nullcontext()):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _loops, _views
-from ._tracked import Leaf, Tracked, bind, is_packed, literal
+from ._tracked import Leaf, Tracked, bind, is_packed, literal, live
 from ._views import Axes
 
 
@@ -72,7 +72,8 @@ class Walker:
     def run(self, jaxpr, consts: Sequence, args: Sequence) -> list:
         """Evaluate a jaxpr; arguments and results may be tracked."""
         env: dict[Any, Any] = {}
-        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not literal(v)}
+        equations = live(jaxpr)
+        last = {v: i for i, eqn in enumerate(equations) for v in eqn.invars if not literal(v)}
         keep = {v for v in jaxpr.outvars if not literal(v)}
 
         def read(v):
@@ -80,7 +81,7 @@ class Walker:
 
         env.update(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        for i, eqn in enumerate(jaxpr.eqns):
+        for i, eqn in enumerate(equations):
             values = [read(v) for v in eqn.invars]
             if any(isinstance(value, Tracked) for value in values):
                 results = RULES.get(eqn.primitive.name, Walker.stray)(self, eqn, values)
