@@ -17,9 +17,22 @@ _PUBLIC = {
     "quantize": "_quantize", "quantize_activation": "kernels", "report": "_report", "scheme": "_schemes", "schemes": "_schemes",
     "take": "kernels", "use": "kernels",
 }
+# Names whose functions come later; calling one says what there is instead.
+_RESERVED = {
+    "save": "qfunc.interop.save_native writes qfunc's own layout, which qfunc.load reads",
+    "load_model": "qfunc.load gives packed parameters and the config; qfunc.layers runs encoders",
+}
 _SUBPACKAGES = ("interop", "kernels", "layers")
 
-__all__ = [*_PUBLIC, *_SUBPACKAGES]
+__all__ = [*_PUBLIC, *_RESERVED, *_SUBPACKAGES]
+
+
+def _reserved(name: str):
+    def later(*args, **kwargs):
+        raise NotImplementedError(f"qfunc.{name} does not exist yet; {_RESERVED[name]}")
+    later.__name__ = later.__qualname__ = name
+    later.__doc__ = f"Reserved: {_RESERVED[name]}."
+    return later
 
 
 def __getattr__(name: str):
@@ -29,6 +42,8 @@ def __getattr__(name: str):
         value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         globals()[name] = value
         return value
+    if name in _RESERVED:
+        return _reserved(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,11 +13,10 @@ def divide(x, y):
     """x / y, correctly rounded. Shapes broadcast; float32.
 
     XLA rewrites a division by a constant or by a broadcast array into a multiplication with the reciprocal, which is off by one
-    unit in the last place in a quarter of all cases; the barrier keeps the divisor from being recognised.
+    unit in the last place in a quarter of all cases. A divisor that depends on x, if only where x is NaN, is not recognised.
     """
-    shape = jnp.broadcast_shapes(jnp.shape(x), jnp.shape(y))
-    y = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(y, jnp.float32), shape))
-    return jnp.asarray(x, jnp.float32) / y
+    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 def multiply_add(x, y, z):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,9 @@ from ._qtensor import QTensor
 from ._rules import match, normalise
 from ._scales import minmax
 from ._spec import Scheme
+
+
+PACKED = "already quantized as"
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ def quantize(params, scheme_or_rules, *, calibration=None, donate: bool = False,
     if check:
         _refuse_non_finite(plan, [leaf for _, leaf in leaves])
     out = [leaf for _, leaf in leaves]
+    uses = Counter(map(id, out))                # one array may stand in several places, some of which stay in floating point
     for job in track(plan.jobs, "quantize", progress, label=lambda job: job.path):
         leaf = out[job.index]
         out[job.index] = encode_leaf(leaf, job.scheme, job.orientation, statistics.get(job.path))
-        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        uses[id(leaf)] -= 1
+        if donate and not uses[id(leaf)] and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             jax.block_until_ready(out[job.index])
             leaf.delete()
         del leaf
@@ -128,7 +134,8 @@ def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation | str] | 
 
 
 def _refuse_idle_schemes(rules, matches, jobs, kept) -> None:
-    busy = {matches[job.path].pattern for job in jobs}
+    done = [job.path for job in jobs] + [path for path, reason in kept.items() if reason.startswith(PACKED)]
+    busy = {matches[path].pattern for path in done if path in matches}
     for pattern, rule in rules.items():
         if rule.scheme is None or pattern in busy or (pattern == "*" and len(rules) > 1):
             continue
@@ -140,8 +147,8 @@ def _orientation(path, keys, leaf, found, shapes, root, known) -> Orientation | 
     explicit = found.pattern != "*"
     if _is_packed(leaf):
         if not explicit or leaf.scheme == found.scheme:
-            return f"already quantized as {leaf.scheme.name}"
-        raise ValueError(f"already quantized as {leaf.scheme.name}, the rule asks for {found.scheme.name}; dequantize it first")
+            return f"{PACKED} {leaf.scheme.name}"
+        raise ValueError(f"{PACKED} {leaf.scheme.name}, the rule asks for {found.scheme.name}; dequantize it first")
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         if explicit:
@@ -177,7 +184,7 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
 
 def encode_leaf(leaf, scheme: Scheme, orientation: Orientation, statistics=None) -> QTensor:
     """The QTensor of one float leaf; `statistics` are those of its activation, or None."""
-    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    shape, dtype = tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype)
     batch, ins, _ = orientation.split(shape)
     columns = math.prod(ins)
     w = leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
