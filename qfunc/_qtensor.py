@@ -151,7 +151,16 @@ class QTensor:
             return self
         if len(keys) > batch:
             raise IndexError(f"{self!r} is packed: it has {batch} leading axes to index, found {index!r}")
+        if not any(key is None for key in keys):
+            for key, size in zip(keys, self.matrix_shape, strict=False):
+                if isinstance(key, (int, np.integer)) and not -size <= key < size:         # JAX would clamp it
+                    raise IndexError(f"{self!r}: index {key} is out of range for a leading axis of {size}")
         return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __iter__(self):
+        if len(self.matrix_shape) < 3:
+            raise TypeError(f"{self!r} is packed and has no leading axis to iterate over")
+        return (self[i] for i in range(self.matrix_shape[0]))
 
     def __rmatmul__(self, x):
         if self.view.transposed or self.view.ins or self.view.outs:
@@ -182,12 +191,25 @@ class QTensor:
 
 
 
+class _Blocks(dict):
+    """Block codecs by weight code; ggml's are found in `qfunc._ggml` when one is first asked for."""
+
+    def __contains__(self, name) -> bool:
+        if isinstance(name, str) and name.startswith("gguf:") and not super().__contains__(name):
+            from . import _ggml
+            kind = name.removeprefix("gguf:")
+            if kind in _ggml.TYPES:
+                record = _ggml.TYPES[kind]
+                CODECS.register(name, record.elements, record.bytes, lambda raw, columns: _ggml.decode(raw, kind, columns))
+        return super().__contains__(name)
+
+
 class _Codecs:
-    """How many elements a stored row holds; irregular codecs (ggml blocks) register their own decoder and block size."""
+    """How many elements a stored row holds; irregular codecs (ggml blocks) have their own decoder and block size."""
 
     def __init__(self):
-        self.blocks: dict[str, tuple[int, int]] = {}
-        self.decoders: dict[str, Any] = {}
+        self.blocks: dict[str, tuple[int, int]] = _Blocks()
+        self.decoders: dict[str, Any] = _Blocks()
 
     def register(self, name: str, elements: int, size: int, decoder) -> None:
         """Make `name` a weight code in blocks of `elements` elements and `size` bytes.

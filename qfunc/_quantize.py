@@ -21,7 +21,7 @@ from ._orient import Orientation, Site, from_axes, orient, owner_of
 from ._pack import BLOCK
 from ._paths import leaf_path, nearest
 from ._progress import track
-from ._qtensor import QTensor
+from ._qtensor import CODECS, QTensor
 from ._rules import match, normalise
 from ._scales import minmax
 from ._spec import Scheme
@@ -151,9 +151,7 @@ def _orientation(path, keys, leaf, found, shapes, root, known) -> Orientation | 
         raise ValueError(f"{PACKED} {leaf.scheme.name}, the rule asks for {found.scheme.name}; dequantize it first")
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        if explicit:
-            raise ValueError(f"expected a floating point weight, found {dtype if dtype is not None else type(leaf).__name__}")
-        return f"of type {dtype}"
+        return f"{dtype if dtype is not None else type(leaf).__name__} is not floating point"
     shape = shapes[path]
     if found.rule.axes is not None:
         return from_axes(shape, *found.rule.axes)
@@ -175,6 +173,8 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
     columns, rows = math.prod(ins), math.prod(outs)
     if not columns or not rows:
         raise ValueError(f"an empty weight of shape {tuple(shape)}")
+    if scheme.weight.code in CODECS.blocks:
+        raise ValueError(f"{scheme.name} weights are read from files, not made; qfunc.schemes lists what can be made")
     granularity = scheme.weight.granularity
     if granularity.kind == "group" and columns % granularity.size:
         fits = [d for d in range(min(columns, 512), 1, -1) if columns % d == 0][:6]

@@ -103,7 +103,7 @@ ALIASES: dict[str, str] = {
     "bitsandbytes": "nf4",
     **{f"int4wo-{n}": f"int4wo_g{n}" for n in (32, 64, 128, 256)},
     # In upper case these are presets of compressed-tensors, which have groups of 128.
-    **{f"W{b}A16": f"w{b}a16_g128" for b in range(2, 8)}, "W4AFP8": "w4afp8_g128",
+    **{f"W{b}A16{asym}": f"w{b}a16_g128{asym.lower()}" for b in range(2, 8) for asym in ("", "_ASYM")}, "W4AFP8": "w4afp8_g128",
 }
 """Other people's names for rows of the table."""
 
@@ -145,6 +145,8 @@ def scheme(name: str) -> Scheme:
     if not isinstance(name, str):
         raise TypeError(f"a scheme is a name or a qfunc.Scheme, found {type(name).__name__}")
     canonical = ALIASES.get(name) or ALIASES.get(name.lower()) or name.lower()
+    if canonical.startswith("gguf:"):
+        return _ggml_scheme(canonical)
     match = _SUFFIX.fullmatch(canonical)
     base = match["base"] if match else canonical
     if match is None or base not in _ROWS:
@@ -164,6 +166,12 @@ def scheme(name: str) -> Scheme:
     except ValueError as error:
         raise ValueError(f"no scheme {name!r}: {error}; the nearest are {', '.join(nearest(canonical, _known()))}") from None
     return row
+
+
+def _ggml_scheme(name: str) -> Scheme:
+    from ._ggml import block_type
+    record = block_type(name.removeprefix("gguf:"))
+    return Scheme(name, WeightSpec(name, group(record.elements), scale_dtype="float16", scale_rule="block"))
 
 
 _VARIANTS = (
