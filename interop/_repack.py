@@ -13,6 +13,8 @@ import numpy as np
 
 from qfunc._pack import BLOCK, pack, packed_size
 
+from ._buffers import empty
+
 TILE = 2**18
 """Bytes of output that are converted at a time."""
 
@@ -66,7 +68,7 @@ def nibble_rows(data: np.ndarray, columns: int, fill: int = 0, flip: int = 0) ->
     `data` uint8 [N, B], B >= columns / 2; `flip` is xor-ed to every code (8 turns two's complement into offset binary).
     """
     count = _blocks(columns)
-    out = np.empty((data.shape[0], count * 64), np.uint8)
+    out = empty((data.shape[0], count * 64), np.uint8)
     for rows in tiles(len(data), out.shape[1]):
         part = np.ascontiguousarray(data[rows])
         if part.shape[1] != count * 64:
@@ -90,7 +92,7 @@ def word_columns(words: np.ndarray, columns: int, fill: int = 0) -> np.ndarray:
     count, outs = _blocks(columns), words.shape[1]
     if len(words) != count * 16:
         words = np.concatenate([words, np.zeros((count * 16 - len(words), outs), words.dtype)])
-    out = np.empty((outs, count, 8), np.uint64)
+    out = empty((outs, count, 8), np.uint64)
     for block in range(count):
         part = words[16 * block: 16 * block + 16]
         for span in tiles(outs, 64):
@@ -102,7 +104,7 @@ def awq_columns(words: np.ndarray, fill: int = 0) -> np.ndarray:
     """AWQ's packing to canonical rows: `words` uint32 [K, N / 8], eight outputs of one input a word, in AWQ_ORDER."""
     columns, groups = words.shape
     count = _blocks(columns)
-    out = np.empty((groups, 8, count, 64), np.uint8)
+    out = empty((groups, 8, count, 64), np.uint8)
     for block in range(count):
         part = words[BLOCK * block: BLOCK * block + BLOCK]
         if len(part) < BLOCK:
@@ -117,7 +119,7 @@ def row_pairs(data: np.ndarray, flip: int = 8) -> np.ndarray:
     """Nibbles packed along the rows (byte row i: rows 2i low, 2i + 1 high; two's complement) to canonical rows [2 N', ...]."""
     pairs, columns = data.shape
     count = _blocks(columns)
-    out = np.empty((pairs, 2, count, 64), np.uint8)
+    out = empty((pairs, 2, count, 64), np.uint8)
     for rows in tiles(pairs, count * 128):
         part = data[rows].view(np.uint8)
         if columns % BLOCK:
@@ -132,7 +134,7 @@ def row_pairs(data: np.ndarray, flip: int = 8) -> np.ndarray:
 def byte_codes(codes: np.ndarray, bits: int, offset: int, fill: int) -> np.ndarray:
     """One code a byte to canonical rows: stored code = byte + offset (mod 256)."""
     rows, columns = codes.shape
-    out = np.empty((rows, packed_size(columns, bits)), np.uint8)
+    out = empty((rows, packed_size(columns, bits)), np.uint8)
     for span in tiles(rows, 4 * columns):
         part = codes[span].view(np.uint8)
         out[span] = pack(part + np.uint8(offset) if offset else part, bits, fill)
@@ -159,7 +161,7 @@ def padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 def by_rows(data: np.ndarray, unpack: Callable, bits: int, columns: int, fill: int) -> np.ndarray:
     """Canonical rows of any packing that `unpack(rows of data) -> uint8 codes [n, columns]` understands; 8-bit codes stay bytes."""
     size = columns if bits == 8 else packed_size(columns, bits)
-    out = np.empty((len(data), size), np.uint8)
+    out = empty((len(data), size), np.uint8)
     for rows in tiles(len(data), 8 * columns):
         codes = unpack(data[rows])
         out[rows] = codes if bits == 8 else pack(codes, bits, fill)

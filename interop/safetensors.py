@@ -118,6 +118,14 @@ class File:
         if tensors and first != start or last != self.size:
             raise refuse(self.path, "data", f"tensors that fill the file from byte {start} to {self.size}", f"{first} to {last}")
 
+    def release(self, tensors) -> None:
+        """Give the pages of tensors that were read back to the system; a view into them would read the file again."""
+        for tensor in tensors:
+            start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+                self.memory.madvise(mmap.MADV_DONTNEED, start, length)
+
     @cached_property
     def memory(self) -> mmap.mmap:
         """The mapped file."""

@@ -1,0 +1,101 @@
+"""AWQ checkpoints (AutoAWQ, GPTQModel's `awq`, auto-round's `auto_awq`): unsigned 4-bit groups with zero points.
+
+`gemm`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / g, N / 8], `scales` [K / g, N]; nibble i of word c belongs to the output
+8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. `gemv`: `qweight` int32 [N, K / 8], `qzeros` int32 [N, w], `scales` [N, 8 w], nibbles in order, the
+last axis of both padded. W[o, k] = scales (q - z). Smoothing is folded into the weights already.
+Source: AutoAWQ, `awq/modules/linear/gemm.py`, `gemv.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qfunc._spec import CHANNEL, WeightSpec, group
+
+from ._family import Config, Family, Source
+from ._naming import named
+from ._plan import KINDS, SCALES, Layer, Parts, value
+from ._repack import AWQ_ORDER, awq_columns, nibble_rows, stream
+
+
+@dataclass(frozen=True)
+class Settings:
+    group: int | None
+    version: str
+    config: Config
+
+
+def settings(source: Source) -> Settings:
+    quant = source.quant
+    if quant.integer("bits", "w_bit", low=1, high=8) != 4:
+        raise quant.fail("bits", "4")
+    quant.boolean("zero_point", True)
+    version = quant.choice("version", ("gemm", "gemv"), quant.choice("checkpoint_format", ("gemm", "gemv"), "gemm"))
+    return Settings(quant.group_size("group_size", "q_group_size", default=128), version, quant)
+
+
+def layer(config: Settings, parts: Parts) -> Layer | None:
+    if "qweight" not in parts:
+        return None
+    return (gemm_layer if config.version == "gemm" else gemv_layer)(config.group, parts)
+
+
+def gemm_layer(size: int | None, parts: Parts) -> Layer:
+    """The layer of AWQ's GEMM tensors with groups of `size` (None: whole rows)."""
+    weight = parts.take("qweight", "I32", ndim=2)
+    ins, outs = weight.shape[0], weight.shape[1] * 8
+    size = min(size or ins, ins)
+    groups = -(-ins // size)
+    scales = parts.take("scales", SCALES, (groups, outs))
+    zeros = parts.take("qzeros", "I32", (groups, outs // 8)) if "qzeros" in parts else None
+    scheme = named(WeightSpec("uint4" if zeros else "int4", CHANNEL if groups == 1 else group(size), "int" if zeros else None,
+                              KINDS[scales.dtype], scale_rule="minmax" if zeros else "amax"))
+    extras = parts.bias(outs)
+    parts.done()
+
+    def build() -> dict[str, np.ndarray]:
+        leaves = {"codes": awq_columns(weight.read().view(np.uint32), 0 if zeros else 8),
+                  "scale": np.ascontiguousarray(value(parts, "scales", scales).T)}
+        if zeros:
+            nibbles = stream(zeros.read().view(np.uint32), 4, outs).reshape(groups, -1, 8)
+            leaves["zero"] = np.ascontiguousarray(nibbles[:, :, np.argsort(AWQ_ORDER)].reshape(groups, outs).T)
+        return leaves
+    return Layer(parts.module, scheme, (ins, outs), build, extras, parts.all)
+
+
+def gemv_layer(size: int | None, parts: Parts) -> Layer:
+    """The layer of AWQ's GEMV tensors."""
+    weight = parts.take("qweight", "I32", ndim=2)
+    outs, ins = weight.shape[0], weight.shape[1] * 8
+    size = min(size or ins, ins)
+    groups = -(-ins // size)
+    zeros = parts.take("qzeros", "I32", ndim=2)
+    wide = zeros.shape[1]
+    if zeros.shape[0] != outs or not groups <= 8 * wide:
+        raise parts.fail("qzeros", f"shape [{outs}, {-(-groups // 8)}] or wider", list(zeros.shape))
+    scales = parts.take("scales", SCALES, (outs, 8 * wide))
+    scheme = named(WeightSpec("uint4", CHANNEL if groups == 1 else group(size), "int", KINDS[scales.dtype], scale_rule="minmax"))
+    extras = parts.bias(outs)
+    parts.done()
+
+    def build() -> dict[str, np.ndarray]:
+        return {"codes": nibble_rows(weight.read().view(np.uint8), ins),
+                "scale": np.ascontiguousarray(value(parts, "scales", scales)[:, :groups]),
+                "zero": np.ascontiguousarray(stream(zeros.read().view(np.uint32), 4, groups))}
+    return Layer(parts.module, scheme, (ins, outs), build, extras, parts.all)
+
+
+FIELDS = {
+    "quant_method": "read", "bits": "read: 4", "w_bit": "read where bits is absent", "group_size": "read",
+    "q_group_size": "read where group_size is absent", "zero_point": "checked; the tensors tell", "version": "read: gemm or gemv",
+    "checkpoint_format": "read where version is absent", "format": "repeats checkpoint_format", "method": "repeats quant_method",
+    "modules_to_not_convert": "not needed: the tensors tell", "backend": "a choice of kernels", "do_fuse": "a choice of kernels",
+    "fuse_max_seq_len": "a choice of kernels", "exllama_config": "a choice of kernels", "modules_to_fuse": "a choice of kernels",
+    "meta": "how it was calibrated", "desc_act": "always false", "lm_head": "not needed: the tensors tell", "pack_dtype": "int32",
+    "sym": "the zero points tell", "data_type": "repeats the method", "provider": "who wrote it", "autoround_version": "who wrote it",
+    "enable_quanted_input": "how it was calibrated", "to_quant_block_names": "not needed: the tensors tell", "iters": "how it was calibrated",
+    "dynamic": "not needed: AWQ has one width",
+}
+FAMILY = Family("awq", settings, layer, frozenset({"qweight", "qzeros"}), fields=FIELDS)

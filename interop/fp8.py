@@ -1,0 +1,68 @@
+"""FP8 checkpoints with `quant_method: fp8` (one scale per tensor or channel, or DeepSeek's blocks) and their int8 twin `blockwise_int8`.
+
+`weight` e4m3 or int8 [N, K]; `weight_scale` or, in blocks of `weight_block_size` (out, in), `weight_scale_inv` [ceil(N/bn), ceil(K/bk)],
+which multiplies despite its name; `input_scale` where activations are static. Block scales may be exponents (e8m0).
+Source: DeepSeek-V3, `inference/kernel.py`; transformers, `integrations/finegrained_fp8.py`; SGLang, `quantization/fp8.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qfunc._spec import TENSOR, TOKEN, ActivationSpec, block, group
+
+from . import _common as common
+from ._family import Family, Source
+from ._plan import SCALES, Layer, Parts
+
+MARKS = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
+
+
+@dataclass(frozen=True)
+class Settings:
+    block: tuple[int, int] | None
+    static: bool
+    kind: str
+
+
+def settings(source: Source) -> Settings:
+    quant = source.quant
+    kind = "I8" if "int8" in quant.get("quant_method") else "F8_E4M3"
+    static = quant.choice("activation_scheme", ("static", "dynamic"), "dynamic") == "static"
+    quant.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
+    quant.choice("scale_fmt", ("ue8m0", "float", None))
+    shape = quant.get("weight_block_size")
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**20 for n in shape)):
+        raise quant.fail("weight_block_size", "two positive integers")
+    return Settings(None if shape is None else tuple(shape), static, kind)
+
+
+def layer(config: Settings, parts: Parts) -> Layer | None:
+    weight = parts.tensors.get("weight")
+    if weight is None or weight.dtype != config.kind:
+        return None
+    name = next((n for n in SCALE_NAMES if n in parts), "weight_scale")
+    if config.block is not None and name != "weight_scale":
+        if name in parts and parts.tensors[name].dtype == "I32":
+            raise parts.fail(name, "scales as floats or exponents", "int32, DeepGEMM's packed layout of exponents")
+        out, size = config.block
+        act = ActivationSpec("int8", group(size), rounding="trunc") if config.kind == "I8" else ActivationSpec("fp8_e4m3", group(size))
+        return common.byte_layer(parts, scale=name, grain=block(out, size), activation=act, dtypes=(config.kind,),
+                                 scale_dtypes=(*SCALES, *common.E8M0), readers=common.inputs(parts, act))
+    code = common.CODES[config.kind]
+    act = ActivationSpec(code, TENSOR, mode="static") if config.static else _dynamic(parts, name, code)
+    return common.byte_layer(parts, scale=name, activation=act, dtypes=(config.kind,), readers=common.inputs(parts, act))
+
+
+def _dynamic(parts: Parts, name: str, code: str) -> ActivationSpec:
+    count = parts.tensors[name].shape if name in parts else ()
+    return ActivationSpec(code, TENSOR if count in ((), (1,), (1, 1)) else TOKEN)
+
+
+FIELDS = {
+    "quant_method": "read", "activation_scheme": "read", "weight_block_size": "read", "fmt": "read: e4m3", "scale_fmt": "checked: the values "
+    "are powers of two already", "ignored_layers": "not needed: the tensors tell", "modules_to_not_convert": "not needed: the tensors tell",
+    "kv_cache_scheme": "not needed: the scales tell", "dequantize": "a choice at load", "exclude_modules": "not needed: the tensors tell",
+}
+FAMILY = Family("fp8", settings, layer, MARKS, fields=FIELDS, kv_code=lambda s: "fp8_e4m3")

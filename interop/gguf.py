@@ -1,0 +1,5 @@
+"""GGUF files."""
+
+from qfunc._ggml import decode
+
+__all__ = ["decode"]
