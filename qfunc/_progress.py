@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -17,7 +18,9 @@ def track(items: Sequence[Item] | Iterable[Item], what: str, progress: bool | No
         yield from items
         return
     try:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # in a notebook without widgets tqdm warns and falls back to text by itself
+            from tqdm.auto import tqdm
     except ImportError:
         if progress:
             raise
