@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import jax
+
 import qfunc
 
 
@@ -21,12 +23,23 @@ def linears(params: Sequence[Mapping], x) -> list:
     """Several linear layers of one input, such as query, key and value; the input is quantized once where that is the same for all.
 
     Arguments: `params`, the layers as `linear` takes them; `x` [..., in].
-    Returns: what `[linear(p, x) for p in params]` gives, element for element.
+    Returns: what `[linear(p, x) for p in params]` gives, element for element, with the same derivatives.
     """
-    shared = x
     if len(params) > 1 and all(_dynamic(p["kernel"]) for p in params) and len({p["kernel"].scheme.activation for p in params}) == 1:
-        shared = qfunc.quantize_activation(x, params[0]["kernel"].scheme.activation)
-    return [linear(p, shared, out_dtype=x.dtype) for p in params]
+        return _shared([{name: p[name] for name in ("kernel", "bias") if p.get(name) is not None} for p in params], x)
+    return [linear(p, x) for p in params]
+
+
+@jax.custom_jvp
+def _shared(params, x):
+    codes = qfunc.quantize_activation(x, params[0]["kernel"].scheme.activation)
+    return [linear(p, codes, out_dtype=x.dtype) for p in params]
+
+
+@_shared.defjvp
+def _shared_jvp(primals, tangents):
+    # Codes have no derivative; that of each matmul with the float input is straight-through.
+    return _shared(*primals), jax.jvp(lambda params, x: [linear(p, x) for p in params], primals, tangents)[1]
 
 
 def _dynamic(kernel) -> bool:
