@@ -25,7 +25,8 @@ def quantize_activation(x, spec, *, scale=None, zero=None) -> QuantizedActivatio
 
     Arguments:
         x: float [..., M, K].
-        spec: ActivationSpec, Scheme, name of a scheme, or a QTensor, whose calibrated scale and smoothing are then used.
+        spec: ActivationSpec, Scheme, name of a scheme, or a QTensor, whose calibrated scale and smoothing are then used and whose
+            leading axes, which x must have too, keep per-tensor scales apart.
         scale, zero: calibrated per-tensor scale (float32) and zero point (int32) of static schemes, scalars or [..., 1, 1].
 
     Returns: (codes, scale, zero) as `QuantizedActivation` describes them; zero is None when symmetric. s = clip amax / c (1 where that
@@ -34,12 +35,11 @@ def quantize_activation(x, spec, *, scale=None, zero=None) -> QuantizedActivatio
     Raises ValueError where the scheme keeps activations in floating point, is static and has no scale, or splits outlier columns off
     (those belong to the matmul). There is no derivative: `matmul` of the float activation is straight-through.
     """
-    x = jnp.asarray(x)
+    x, scope, before = jnp.asarray(x), 0, 0
     if isinstance(spec, QTensor):
         scale = spec.input_scale if scale is None else scale
         zero = spec.input_zero if zero is None else zero
-        if spec.smooth is not None:
-            x = (x.astype(jnp.float32) * spec.smooth).astype(jnp.float32)
+        x, scope, before = _like_weight(x, spec)
         spec = spec.scheme
     if not isinstance(spec, ActivationSpec):
         named = _schemes.scheme(spec) if not isinstance(spec, Scheme) else spec
@@ -56,9 +56,26 @@ def quantize_activation(x, spec, *, scale=None, zero=None) -> QuantizedActivatio
     if scale is not None and spec.zero is not None:
         extra.append(jnp.asarray(zero, jnp.int32))
     extra = [e if e.ndim >= 2 else e.reshape(1, 1) for e in extra]
-    scope = max((e.ndim - 2 for e in extra), default=0)
+    scope = max((e.ndim - 2 for e in extra), default=scope)
     parts = quantize_activation_p.bind(x, *extra, spec=spec, scope=scope, implementation=forced())
-    return QuantizedActivation(*parts)
+    return QuantizedActivation(*(jnp.moveaxis(part, range(scope, scope + before), range(before)) for part in parts))
+
+
+def _like_weight(x, w: QTensor):
+    """(x smoothed, with w's leading axes in front; their number; how many axes of x stood before them)."""
+    *batch, columns, _ = w.matrix_shape
+    scope, before = len(batch), max(x.ndim - len(batch) - 2, 0) if batch else 0
+    spec = w.scheme.activation
+    if batch and w.smooth is None and spec is not None and spec.granularity.kind != "tensor" and spec.outer != "tensor":
+        return x, 0, 0                          # no scale of x knows of w's leading axes: rows for several experts are welcome
+    if x.shape[-1:] != (columns,) or batch and (x.ndim < scope + 2 or x.shape[before:before + scope] != tuple(batch)):
+        expected = ", ".join(map(str, (*batch, *["M"] * bool(batch), columns)))
+        raise ValueError(f"quantize_activation: expected x [..., {expected}], found {x.shape}; w {w!r}")
+    x = jnp.moveaxis(x, range(before), range(scope, scope + before))
+    if w.smooth is not None:
+        smooth = w.smooth.astype(jnp.float32)
+        x = x.astype(jnp.float32) * jnp.expand_dims(smooth, tuple(range(scope, x.ndim - 1)))
+    return x, scope, before
 
 
 def _describe(avals, params) -> Call:

@@ -83,10 +83,10 @@ def _matmul(spec, scope: int, x: tuple, w: QTensor):
     return _contract(q, spec, w, _dot)
 
 
-def _split_outliers(x, outlier, spec, w: QTensor, dot: Callable):
+def _split_outliers(x, outlier, spec, w: QTensor, dot: Callable, owner=None):
     """LLM.int8 (arXiv 2208.07339): outlier columns in floating point, the others in int8 with scales that do not see them."""
     regular = quantize_rows(jnp.where(outlier, 0, x), spec)
-    return _contract(regular, spec, w, dot) + dot(jnp.where(outlier, x, 0), dequantize_matrix(w), jnp.float32)
+    return _contract(regular, spec, w, dot, owner) + dot(jnp.where(outlier, x, 0), dequantize_matrix(w), jnp.float32)
 
 
 def _dot(x, w, dtype):
@@ -99,9 +99,12 @@ def _contract(q: QuantizedActivation, spec, w: QTensor, dot: Callable, owner=Non
     if element in CODECS.decoders or not (code(element).integer and code(spec.code).integer and w.scheme.weight.zero != "float"):
         return dot(dequantize_rows(q, spec), dequantize_matrix(w), jnp.float32)
     columns = w.matrix_shape[-2]
+    if w.perm is not None and spec.granularity.kind == "group":         # the groups of x are in the caller's order, those of w are not
+        return dot(dequantize_rows(q, spec), dequantize_matrix(w), jnp.float32)
     if w.perm is not None:
         q = q._replace(codes=_permuted(q.codes, w.perm, owner))
-    return _integer(q, spec, _integer_weight(w, columns), _row_scales(w, columns), _weight_group(w, columns), columns, dot, owner)
+    return _integer(q, spec, _integer_weight(w, columns), _row_scales(w, columns), _weight_group(w, columns), columns, dot, owner,
+                    _exact_terms(spec, w.scheme.weight))
 
 
 def _permuted(codes, perm, owner):
@@ -131,13 +134,21 @@ def _weight_group(w: QTensor, columns: int) -> int:
     return granularity.size if granularity.kind in ("group", "block") else columns
 
 
-def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, owner):
-    """Sum over segments of (codes @ weight in int32) * scales in float32."""
+def _exact_terms(x, w) -> int:
+    """How many products of codes an int32 sum can hold: 131071 for two symmetric int8, 33025 where both have zero points."""
+    def reach(spec):
+        element = code(spec.code)
+        return max(-element.lowest, element.highest if spec.zero is None else element.highest - element.lowest)
+    return int((2**31 - 1) // (reach(x) * reach(w)))
+
+
+def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, owner, limit: int):
+    """Sum over segments of (codes @ weight in int32) * scales in float32; no segment is longer than `limit`."""
     values = q.codes if q.zero is None else q.codes.astype(jnp.int32) - _wide(q.zero, columns, spec)
     if values.dtype != weight.dtype:
         values, weight = values.astype(jnp.int32), weight.astype(jnp.int32)
     own = spec.granularity.size if spec.granularity.kind == "group" else columns
-    segment = math.gcd(*(size for size in (group, own) if size < columns)) or columns
+    segment = math.gcd(*(size for size in (group, own) if size < columns)) or min(columns, limit)
     count = -(-columns // segment)
 
     def per_row(scales):                        # [..., N] of each row's expert where there are experts
@@ -184,7 +195,7 @@ def _grouped(spec, x: tuple, w: QTensor, sizes, owner, valid):
         return dot(x, dequantize_matrix(w), jnp.float32)
     if spec.outlier_threshold is not None:
         largest = jax.ops.segment_max(jnp.abs(x), owner, sizes.shape[0])
-        return _split_outliers(x, (largest >= spec.outlier_threshold)[owner], spec, w, dot)
+        return _split_outliers(x, (largest >= spec.outlier_threshold)[owner], spec, w, dot, owner)
     q = quantize_rows(x[:, None, :], spec, *_expert_scales(x, spec, w, sizes, owner), scope=1)
     q = QuantizedActivation(*(None if part is None else part[:, 0] for part in q))
     return _contract(q, spec, w, dot, owner)
@@ -197,6 +208,14 @@ def _expert_scales(x, spec, w: QTensor, sizes, owner):
     if w.input_scale is not None:
         zero = None if w.input_zero is None else w.input_zero[owner]
         return w.input_scale[owner], zero
-    largest = jax.ops.segment_max(jnp.max(jnp.abs(x), -1), owner, sizes.shape[0])
-    top = code(spec.code).highest * (E4M3_LARGEST if spec.outer else 1)
-    return usable(divide(largest * jnp.float32(spec.clip), top))[owner][:, None, None], None
+    count, clip, element = sizes.shape[0], jnp.float32(spec.clip), code(spec.code)
+    if spec.zero is not None:
+        scale, zero = _scales.minmax(jax.ops.segment_min(jnp.min(x, -1), owner, count) * clip,
+                                     jax.ops.segment_max(jnp.max(x, -1), owner, count) * clip, element)
+        return scale[owner][:, None, None], jnp.where(jnp.isfinite(zero), zero, 0).astype(jnp.int32)[owner][:, None, None]
+    largest = jnp.maximum(jax.ops.segment_max(jnp.max(jnp.abs(x), -1), owner, count), 0) * clip        # -inf where an expert has no row
+    if spec.outer is not None:
+        scale = divide(largest, element.highest * E4M3_LARGEST)
+    else:
+        scale = _scales.SYMMETRIC[spec.scale_rule](-largest, largest, element)
+    return usable(scale)[owner][:, None, None], None

@@ -49,8 +49,9 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
     y = round_by(y, spec.rounding)
     if zero is not None:
         y = y + _wide(zero, spec, x.shape[-1])
-    # Data-driven symmetric scales never need the lowest code; a calibrated range may.
-    lowest = -element.highest if input_scale is None and zero is None else element.lowest
+    # The symmetric rule never needs the lowest code on the data that it saw; a calibrated range, or another rule, may.
+    spared = zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
+    lowest = -element.highest if spared else element.lowest
     return QuantizedActivation(jnp.clip(y, lowest, element.highest).astype(jnp.int8), scale, zero)
 
 
@@ -82,7 +83,7 @@ def _aligned(value, x, scope: int, dtype):
 def _cells(x, spec: ActivationSpec, scope: int, reduce):
     kind = spec.granularity.kind
     if kind == "tensor":
-        return reduce(x, axis=_tensor_axes(x, scope), keepdims=True)
+        return reduce(x, axis=_tensor_axes(x, scope), keepdims=True, initial=0)      # there may be no rows
     if kind == "token":
         return reduce(x, axis=-1, keepdims=True)
     size = spec.granularity.size
@@ -93,7 +94,7 @@ def _cells(x, spec: ActivationSpec, scope: int, reduce):
 def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero, scope: int):
     if spec.outer is not None:
         outer = _outer(x, spec, element, input_scale, scope)
-        inner = two_level(_cells(jnp.abs(x), spec, scope, jnp.max), outer, element)
+        inner = two_level(_cells(jnp.abs(x), spec, scope, jnp.max) * jnp.float32(spec.clip), outer, element)
         return inner.astype(jnp.float32) * outer, None
     if input_scale is not None and spec.granularity.kind == "tensor":
         zero = None if spec.zero is None else _aligned(input_zero, x, scope, jnp.int32)
@@ -116,4 +117,4 @@ def _outer(x, spec: ActivationSpec, element: Code, input_scale, scope: int):
     if input_scale is not None and spec.outer == "tensor":
         return _aligned(input_scale, x, scope, jnp.float32)
     axes = _tensor_axes(x, scope) if spec.outer == "tensor" else (-1,)
-    return usable(divide(jnp.max(jnp.abs(x), axes, keepdims=True), element.highest * E4M3_LARGEST))
+    return usable(divide(jnp.max(jnp.abs(x), axes, keepdims=True, initial=0) * jnp.float32(spec.clip), element.highest * E4M3_LARGEST))

@@ -127,7 +127,7 @@ def _double(w, spec: WeightSpec, element: Code) -> dict:
     amax = _amax(w, spec.granularity)
     *batch, rows, groups = amax.shape
     flat = amax.reshape(*batch, 1, rows * groups)
-    offset = jnp.mean(flat, -1, keepdims=True)
+    offset = jnp.sum(divide(flat, flat.shape[-1]), -1, keepdims=True)           # a mean whose sum does not overflow
     offset = jnp.where(jnp.isfinite(offset), offset, jnp.nan)
     centred = jnp.pad(flat - offset, [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % NESTED_BLOCK)])
     blocks = rearrange(centred, "... (b c) -> ... b c", c=NESTED_BLOCK)
@@ -135,6 +135,29 @@ def _double(w, spec: WeightSpec, element: Code) -> dict:
     ranks = jnp.searchsorted(jnp.asarray(dynamic_map()[1:] / 2 + dynamic_map()[:-1] / 2), divide(blocks, largest[..., None]))
     codes = ranks.reshape(centred.shape)[..., : rows * groups].reshape(*batch, rows, groups)
     return {"scale": codes.astype(jnp.uint8), "scale2": largest, "scale_offset": offset}
+
+
+def check_spec(spec: WeightSpec) -> None:
+    """Raise ValueError where the fields of a spec contradict each other, so that nothing is encoded by half of it."""
+    element, kind = code(spec.code), _scaler(spec)
+    if kind not in SCALERS:
+        raise ValueError(f"scale_rule: expected one of {', '.join(_scales.RULES)}, found {spec.scale_rule!r}")
+    zero = {"minmax": "int", "minmax_float": "float"}.get(spec.scale_rule)
+    scales = {"mx": ("e8m0",), "two_level": ("fp8_e4m3",), "double": ("uint8",)}.get(kind, ("float32", "float16", "bfloat16"))
+    unsigned = spec.code.startswith("uint")
+    expectations = (
+        ("zero", spec.zero, (zero,), True),
+        ("scale_dtype", spec.scale_dtype, scales, True),
+        ("scale2_dtype", spec.scale2_dtype, ("float32",), kind in ("two_level", "double")),
+        ("code", spec.code, tuple(_scales.MX_ELEMENTS), kind == "mx"),
+        ("code", spec.code, tuple(f"uint{b}" for b in range(2, 9)), unsigned or zero == "int"),
+        ("code", spec.code, tuple(f"int{b}" for b in range(2, 9)), zero == "float" or unsigned and zero is None),
+        ("rounding", spec.rounding, ("rne",), not element.integer and not spec.code.startswith("fp")),
+    )
+    for field, found, expected, applies in expectations:
+        if applies and found not in expected:
+            wanted = " or ".join(map(repr, expected))
+            raise ValueError(f"{spec.code} by the rule {spec.scale_rule!r}: expected {field} {wanted}, found {found!r}")
 
 
 SCALERS = {"symmetric": _symmetric, "affine": _affine, "mx": _microscaled, "two_level": _nested, "double": _double}

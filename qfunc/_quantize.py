@@ -169,6 +169,7 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
     """Raise ValueError, naming sizes that would fit, where a scheme cannot hold a weight of this shape."""
     if len(shape) != orientation.axes:
         raise ValueError(f"expected {orientation.axes} axes, found shape {tuple(shape)}")
+    _codec.check_spec(scheme.weight)
     _, ins, outs = orientation.split(shape)
     columns, rows = math.prod(ins), math.prod(outs)
     if not columns or not rows:
