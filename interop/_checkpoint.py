@@ -109,7 +109,7 @@ def locate(path: str | Path) -> Path:
         try:
             from huggingface_hub import snapshot_download
         except ImportError:
-            raise CheckpointError(f"{path}: no such file or folder, and huggingface_hub, which could download it, is not installed") from None
+            raise CheckpointError(f"{path}: no such file or folder, and huggingface_hub, which could fetch it, is not installed") from None
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model"]))
     raise CheckpointError(f"{path}: expected a folder, a .gguf or .safetensors file or a hub id, found nothing")
 

@@ -35,7 +35,8 @@ def guess_grain(parts: Parts, name: str, outs: int, ins: int) -> Granularity:
     return TENSOR if count == 1 and outs != 1 else CHANNEL
 
 
-def inputs(parts: Parts, activation: ActivationSpec | None, invert: bool = False, scale: str = "input_scale", zero: str = "input_zero_point"):
+def inputs(parts: Parts, activation: ActivationSpec | None, invert: bool = False, scale: str = "input_scale",
+           zero: str = "input_zero_point"):
     """Readers of the calibrated activation scale and zero point that a layer has, by leaf name."""
     out: dict[str, Callable[[], np.ndarray]] = {}
     if scale in parts:

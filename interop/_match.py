@@ -2,12 +2,13 @@
 
 | dialect | fields | an entry matches a module when |
 |---|---|---|
-| `contains` | `ignored_layers`, `modules_to_not_convert`, `llm_int8_skip_modules` (fp8, awq, mxfp4, bitsandbytes, torchao) | it is a run of whole dotted components of the name; `*` stands for one component |
+| `contains` | `ignored_layers`, `modules_to_not_convert`, ... (fp8, awq,
+    ...) | it is a run of whole dotted components; `*` is one of them |
 | `star` | `exclude_modules`, `ignore` of ModelOpt | it equals the name, `*` standing for any characters |
-| `target` | `targets`, `ignore` of compressed-tensors | it is the name, its class (`Linear`), or `re:` and a regular expression that matches from the start |
+| `target` | `targets`, `ignore` of compressed-tensors | it is the name, its class, or `re:` and a regex that matches its start |
 | `glob` | `exclude`, `layer_quant_config` of Quark | fnmatch on the name |
-| `signed` | `dynamic` of GPTQModel | the regular expression behind `+:` (override) or `-:` (skip) matches from the start |
-| `extra` | `extra_config` of auto-round | it is the name, or, having characters of regular expressions, matches all of it |
+| `signed` | `dynamic` of GPTQModel | the regex behind `+:` (override) or `-:` (skip) matches its start |
+| `extra` | `extra_config` of auto-round | it is the name, or a regex that matches all of it |
 
 In all of them a leading `model.` or `language_model.` may be absent on either side, as exporters and loaders rename.
 """
@@ -19,8 +20,8 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from ._regex import matches
 from ._regex import RegexError as RegexError
+from ._regex import matches
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 

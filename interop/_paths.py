@@ -13,7 +13,8 @@ EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d{1,6})\.(?P<rest>.+)")
 # Scales of the key/value cache as producers call them: last component, then the leaf of the attention module it becomes.
 _CACHE = {
     "k_scale": "k_scale", "v_scale": "v_scale", "q_scale": "q_scale", "prob_output_scale": "prob_scale", "prob_scale": "prob_scale",
-    "k_zero_point": "k_zero", "v_zero_point": "v_zero", "output_scale": "{}_scale", "kv_cache_scale": "{}_scale", "kv_cache_offset": "{}_zero",
+    "k_zero_point": "k_zero", "v_zero_point": "v_zero", "output_scale": "{}_scale", "kv_cache_scale": "{}_scale",
+    "kv_cache_offset": "{}_zero",
     "kv_scale": "kv_scale",
 }
 _PROJECTION = re.compile(r"(.*)\.([kv])_proj")

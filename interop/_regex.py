@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from re import _constants as C   # the parse tree of `re`; its node names have been stable since Python 3.5
+from re import _constants as C  # the parse tree of `re`; its node names have been stable since Python 3.5
 from re import _parser
 
 PATTERN_LIMIT, NAME_LIMIT = 2000, 1000

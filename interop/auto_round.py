@@ -17,7 +17,8 @@ from . import awq, gptq
 from ._family import Config, Family, Source
 from ._plan import Layer, Parts
 
-PACKINGS = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq", "auto_round:llm_compressor", "auto_round:fp8",
+PACKINGS = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq", "auto_round:llm_compressor",
+    "auto_round:fp8",
             "auto_round:fp8_static", "auto_round", "auto_gptq", "auto_awq", "auto_round:exllamav2", "llm_compressor")
 
 
@@ -31,7 +32,9 @@ class Settings:
         """The settings of one module: the global ones under those of its entry, exact names before patterns."""
         entries = sorted(self.extra, key=lambda name: name != module)
         rule = self.config.find(entries, module, "extra")
-        return self.config if rule is None else Config({**self.config.data, **self.extra[rule]}, self.config.where, f"extra_config[{rule!r}].")
+        if rule is None:
+            return self.config
+        return Config({**self.config.data, **self.extra[rule]}, self.config.where, f"extra_config[{rule!r}].")
 
 
 def settings(source: Source) -> Settings:
@@ -108,14 +111,18 @@ def _unknown(config: Config):
 FIELDS = {
     "quant_method": "read", "bits": "read", "group_size": "read", "sym": "read", "packing_format": "read", "extra_config": "read: bits, "
     "group_size, sym, act_*", "data_type": "read where act_data_type is absent", "act_bits": "read", "act_data_type": "read",
-    "act_group_size": "read", "act_dynamic": "read", "act_sym": "read", "block_name_to_quantize": "the tensors tell", "to_quant_block_names":
+    "act_group_size": "read", "act_dynamic": "read", "act_sym": "read", "block_name_to_quantize": "the tensors tell",
+    "to_quant_block_names":
     "the tensors tell", "autoround_version": "who wrote it", "iters": "how it was calibrated", "enable_quanted_input": "how it was "
     "calibrated", "backend": "a choice of kernels", "low_gpu_mem_usage": "how it was calibrated", "nsamples": "how it was calibrated",
-    "seqlen": "how it was calibrated", "batch_size": "how it was calibrated", "lr": "how it was calibrated", "minmax_lr": "how it was calibrated",
-    "enable_minmax_tuning": "how it was calibrated", "dataset": "how it was calibrated", "gradient_accumulate_steps": "how it was calibrated",
+    "seqlen": "how it was calibrated", "batch_size": "how it was calibrated", "lr": "how it was calibrated",
+    "minmax_lr": "how it was calibrated",
+    "enable_minmax_tuning": "how it was calibrated", "dataset": "how it was calibrated",
+    "gradient_accumulate_steps": "how it was calibrated",
     "enable_norm_bias_tuning": "how it was calibrated", "super_bits": "not read: GGUF exports only", "super_group_size": "not read: GGUF "
     "exports only", "amp": "how it was calibrated", "scale_dtype": "the tensors tell", "damp_percent": "how it was calibrated",
-    "true_sequential": "how it was calibrated", "desc_act": "always false", "lm_head": "the tensors tell", "quant_block_list": "the tensors tell",
+    "true_sequential": "how it was calibrated", "desc_act": "always false", "lm_head": "the tensors tell",
+    "quant_block_list": "the tensors tell",
 }
 FAMILY = Family("auto-round", settings, layer, MARKS, fields=FIELDS)
 

@@ -95,7 +95,8 @@ FIELDS = {
     "fuse_max_seq_len": "a choice of kernels", "exllama_config": "a choice of kernels", "modules_to_fuse": "a choice of kernels",
     "meta": "how it was calibrated", "desc_act": "always false", "lm_head": "not needed: the tensors tell", "pack_dtype": "int32",
     "sym": "the zero points tell", "data_type": "repeats the method", "provider": "who wrote it", "autoround_version": "who wrote it",
-    "enable_quanted_input": "how it was calibrated", "to_quant_block_names": "not needed: the tensors tell", "iters": "how it was calibrated",
+    "enable_quanted_input": "how it was calibrated", "to_quant_block_names": "not needed: the tensors tell",
+    "iters": "how it was calibrated",
     "dynamic": "not needed: AWQ has one width",
 }
 FAMILY = Family("awq", settings, layer, frozenset({"qweight", "qzeros"}), fields=FIELDS)

@@ -129,8 +129,10 @@ def _nested(parts: Parts, state: dict, kind: str, count: int) -> dict:
 
 FIELDS = {
     "quant_method": "read", "llm_int8_threshold": "read", "bnb_4bit_quant_type": "checked: the quant state tells",
-    "load_in_4bit": "the tensors tell", "load_in_8bit": "the tensors tell", "_load_in_4bit": "the tensors tell", "_load_in_8bit": "the tensors "
-    "tell", "bnb_4bit_use_double_quant": "the tensors tell", "bnb_4bit_compute_dtype": "a choice at run time", "bnb_4bit_quant_storage": "the "
+    "load_in_4bit": "the tensors tell", "load_in_8bit": "the tensors tell", "_load_in_4bit": "the tensors tell",
+    "_load_in_8bit": "the tensors "
+    "tell", "bnb_4bit_use_double_quant": "the tensors tell", "bnb_4bit_compute_dtype": "a choice at run time",
+    "bnb_4bit_quant_storage": "the "
     "tensors tell", "llm_int8_skip_modules": "the tensors tell", "llm_int8_enable_fp32_cpu_offload": "a choice at run time",
     "llm_int8_has_fp16_weight": "a choice at run time",
 }

@@ -52,9 +52,9 @@ class Settings:
         return next((g for g in self.groups if self.config.find(g.targets, module, "target") is not None), None)
 
 
-def _preset(bits: int, kind: str, strategy: str, size: int | None = None, act: dict | None = None, symmetric: bool = True, form=None) -> dict:
+def _preset(bits: int, kind: str, strategy: str, size: int | None = None, act: dict | None = None, symmetric: bool = True) -> dict:
     return {"weights": {"num_bits": bits, "type": kind, "strategy": strategy, "group_size": size, "symmetric": symmetric},
-            "input_activations": act, "format": form}
+            "input_activations": act}
 
 
 _TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
@@ -104,7 +104,8 @@ def _group(name: str, entry, quant: Config) -> Group:
     if weights is not None:
         weights.integer("num_bits", low=1, high=8)
         weights.choice("type", ("int", "float"), "int")
-    return Group(tuple(config.strings("targets")), weights, None if act is None else activation(act), config.choice("format", (*FORMATS, None)))
+    form = config.choice("format", (*FORMATS, None))
+    return Group(tuple(config.strings("targets")), weights, None if act is None else activation(act), form)
 
 
 def strategy(config: Config) -> str:

@@ -61,7 +61,8 @@ def _dynamic(parts: Parts, name: str, code: str) -> ActivationSpec:
 
 
 FIELDS = {
-    "quant_method": "read", "activation_scheme": "read", "weight_block_size": "read", "fmt": "read: e4m3", "scale_fmt": "checked: the values "
+    "quant_method": "read", "activation_scheme": "read", "weight_block_size": "read", "fmt": "read: e4m3",
+    "scale_fmt": "checked: the values "
     "are powers of two already", "ignored_layers": "not needed: the tensors tell", "modules_to_not_convert": "not needed: the tensors tell",
     "kv_cache_scheme": "not needed: the scales tell", "dequantize": "a choice at load", "exclude_modules": "not needed: the tensors tell",
 }

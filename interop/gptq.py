@@ -143,7 +143,8 @@ FIELDS = {
     "backend": "a choice of kernels", "exllama_config": "a choice of kernels", "use_exllama": "a choice of kernels",
     "disable_exllama": "a choice of kernels", "max_input_length": "a choice of kernels", "cache_block_outputs": "how it was calibrated",
     "batch_size": "how it was calibrated", "pad_token_id": "how it was calibrated", "model_seqlen": "how it was calibrated",
-    "module_name_preceding_first_block": "how it was calibrated", "is_marlin_format": "read: see marlin", "use_cuda_fp16": "a choice of kernels",
+    "module_name_preceding_first_block": "how it was calibrated", "is_marlin_format": "read: see marlin",
+    "use_cuda_fp16": "a choice of kernels",
     # auto-round's exports carry its own names, too
     "data_type": "repeats the method", "provider": "who wrote it", "autoround_version": "who wrote it", "iters": "how it was calibrated",
     "enable_quanted_input": "how it was calibrated", "adapter": "not needed", "offload_to_disk": "how it was calibrated",

@@ -64,7 +64,8 @@ def settings(source: Source) -> Settings:
 
 
 def fp8(size, parts: Parts) -> Layer:
-    return common.byte_layer(parts, grain=TENSOR, activation=common.STATIC_FP8, dtypes=common.FP8, readers=common.inputs(parts, common.STATIC_FP8))
+    act = common.STATIC_FP8
+    return common.byte_layer(parts, grain=TENSOR, activation=act, dtypes=common.FP8, readers=common.inputs(parts, act))
 
 
 def fp8_token(size, parts: Parts) -> Layer:
@@ -121,7 +122,8 @@ def mxfp4(size, parts: Parts) -> Layer:
 
 
 ALGOS: dict[str, Callable[[int | None, Parts], Layer]] = {
-    "fp8": fp8, "fp8_per_channel_per_token": fp8_token, "fp8_pb_wo": fp8_blocks, "nvfp4": nvfp4, "nvfp4_awq": nvfp4, "w4a16_nvfp4": nvfp4_a16,
+    "fp8": fp8, "fp8_per_channel_per_token": fp8_token, "fp8_pb_wo": fp8_blocks, "nvfp4": nvfp4, "nvfp4_awq": nvfp4,
+    "w4a16_nvfp4": nvfp4_a16,
     "w4a16_awq": lambda size, parts: _int4(size, parts, None), "w4a8_awq": lambda size, parts: _int4(size, parts, common.STATIC_FP8),
     "w8a8_sq_per_channel": int8_smooth, "mxfp8": mxfp8, "mxfp4": mxfp4,
 }
@@ -136,7 +138,8 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
 
 
 FIELDS = {
-    "quant_method": "read", "quant_algo": "read", "group_size": "read", "quantized_layers": "read: quant_algo and group_size of each module",
+    "quant_method": "read", "quant_algo": "read", "group_size": "read",
+    "quantized_layers": "read: quant_algo and group_size of each module",
     "kv_cache_quant_algo": "read: FP8 or null", "kv_cache_scheme": "read: whether there is one", "exclude_modules": "checked: the tensors "
     "tell", "ignore": "checked: the tensors tell", "config_groups": "repeats quant_algo", "producer": "who wrote it",
     "has_zero_point": "the tensors tell", "pre_quant_scale": "the tensors tell", "quantization": "read",

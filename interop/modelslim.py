@@ -5,7 +5,7 @@
 | W8A8 | int8 `weight`, `input_scale`, `input_offset`, `deq_scale` (= input scale x weight scale; int64 holds float32 bits), `quant_bias` |
 | W8A8_DYNAMIC, W8A16 | int8 `weight`, `weight_scale`, `weight_offset` [N, 1] or [N, G] |
 | W8A8_MIX | both of them: read as dynamic, the static scale kept as `input_scale`, `input_zero` |
-| W4A4_DYNAMIC | one int4 per byte (or two rows per byte), `weight_scale`; W4A4_FLATQUANT_DYNAMIC: `left_trans`, `right_trans`, `clip_ratio` |
+| W4A4_DYNAMIC | one int4 per byte, or two rows, `weight_scale`; W4A4_FLATQUANT_DYNAMIC: `left_trans`, `right_trans`, `clip_ratio` |
 | W4A8_DYNAMIC, W4A16 | two outputs per byte, or one code; `weight_scale`, `weight_scale_second` [N, G], `scale_bias` (checked) |
 | WFP8AFP8_DYNAMIC | e4m3 `weight`, `weight_scale` [N, 1] |
 | W8A8_MXFP8, W4A8_MXFP, W4A4_MXFP4 | e4m3 or nibbles, `weight_scale` exponents [N, K / 32] |
@@ -87,7 +87,10 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
 
 
 def _extras(parts: Parts) -> dict:
-    return {name: (lambda t=parts.take(name, SCALES), n=name: value(parts, n, t)) for name in ROTATIONS if name in parts}
+    def reader(name: str):
+        tensor = parts.take(name, SCALES)
+        return lambda: value(parts, name, tensor)
+    return {name: reader(name) for name in ROTATIONS if name in parts}
 
 
 def _smooth(parts: Parts, ins: int) -> dict:
@@ -121,7 +124,8 @@ def dynamic8(activation: ActivationSpec | None):
         grain = _grain(parts, "weight_scale", ins)
         kind, scale = scale_reader(parts, "weight_scale", grain, outs, ins)
         readers = {"codes": weight.read, "scale": scale, **_offset(parts), **_smooth(parts, ins)}
-        return common.finish(parts, named(WeightSpec("int8", grain, scale_dtype=kind), activation), outs, ins, readers, extras=_extras(parts))
+        scheme = named(WeightSpec("int8", grain, scale_dtype=kind), activation)
+        return common.finish(parts, scheme, outs, ins, readers, extras=_extras(parts))
     return read
 
 
@@ -182,7 +186,8 @@ def mixed8(config: Settings, parts: Parts) -> Layer:
                **_offset(parts), **_smooth(parts, ins)}
     extras = {**_bias(parts, weight, static, outs), **_extras(parts)}
     parts.done()
-    return Layer(parts.module, named(WeightSpec("int8", scale_dtype=kind), INT8), (ins, outs), lambda: common.run(readers), extras, parts.all)
+    scheme = named(WeightSpec("int8", scale_dtype=kind), INT8)
+    return Layer(parts.module, scheme, (ins, outs), lambda: common.run(readers), extras, parts.all)
 
 
 def four(activation: ActivationSpec | None):
@@ -265,7 +270,8 @@ def fp8(config: Settings, parts: Parts) -> Layer:
     outs, ins = weight.shape
     kind, scale = scale_reader(parts, "weight_scale", CHANNEL, outs, ins)
     readers = {"codes": weight.read, "scale": scale, **_offset(parts), **_smooth(parts, ins)}
-    return common.finish(parts, named(WeightSpec("fp8_e4m3", scale_dtype=kind), common.FP8_TOKEN), outs, ins, readers, extras=_extras(parts))
+    scheme = named(WeightSpec("fp8_e4m3", scale_dtype=kind), common.FP8_TOKEN)
+    return common.finish(parts, scheme, outs, ins, readers, extras=_extras(parts))
 
 
 def mx(code: str, rule: str, act: str, act_rule: str):
@@ -273,14 +279,16 @@ def mx(code: str, rule: str, act: str, act_rule: str):
         weight = parts.tensors.get("weight")
         ins = weight.shape[1] * (2 if code == "fp4_e2m1" else 1) if weight is not None and len(weight.shape) == 2 else 0
         rotations = _extras(parts)
-        out = common.mx_layer(parts, "weight", "weight_scale", common.mx_input(act, act_rule, "rha"), rule, "rha", readers=_smooth(parts, ins))
+        activation = common.mx_input(act, act_rule, "rha")
+        out = common.mx_layer(parts, "weight", "weight_scale", activation, rule, "rha", readers=_smooth(parts, ins))
         out.extras.update(rotations)
         return out
     return read
 
 
 TYPES = {
-    "W8A8": static8, "W8A8_DYNAMIC": dynamic8(INT8), "W8A16": dynamic8(None), "W8A8_MIX": mixed8, "W4A16": four(None), "W4A8_DYNAMIC": four(INT8),
+    "W8A8": static8, "W8A8_DYNAMIC": dynamic8(INT8), "W8A16": dynamic8(None), "W8A8_MIX": mixed8, "W4A16": four(None),
+    "W4A8_DYNAMIC": four(INT8),
     "W4A4_DYNAMIC": four(INT4), "W4A4_FLATQUANT_DYNAMIC": four(INT4), "WFP8AFP8_DYNAMIC": fp8, "W8A8FP8_DYNAMIC": fp8,
     "W8A8_MXFP8": mx("fp8_e4m3", "mx_floor", "fp8_e4m3", "mx_floor"), "W4A8_MXFP": mx("fp4_e2m1", "mx_even1", "fp8_e4m3", "mx_floor"),
     "W4A4_MXFP4": mx("fp4_e2m1", "mx_even1", "fp4_e2m1", "mx_even1"),

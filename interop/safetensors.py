@@ -143,7 +143,8 @@ class Files(Mapping):
         for file in files:
             for name, tensor in file.tensors.items():
                 if name in self._tensors:
-                    raise refuse(file.path, f"tensor {name!r}", "a name of its own", f"the same name in {self._tensors[name].file.path.name}")
+                    other = self._tensors[name].file.path.name
+                    raise refuse(file.path, f"tensor {name!r}", "a name of its own", f"the same name in {other}")
                 self._tensors[name] = tensor
 
     def __getitem__(self, name: str) -> Tensor:

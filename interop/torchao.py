@@ -90,7 +90,8 @@ def _act(attributes: Config) -> dict | None:
 def _matrix(parts: Parts, dtypes) -> tuple[int, int]:
     tensor = parts.tensors.get(PREFIX + "qdata")
     if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in dtypes:
-        raise parts.fail(PREFIX + "qdata", f"a matrix of {' or '.join(dtypes)}", "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}")
+        found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise parts.fail(PREFIX + "qdata", f"a matrix of {' or '.join(dtypes)}", found)
     return tensor.shape
 
 

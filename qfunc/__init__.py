@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationSpec": "_spec", "CheckpointError": "_errors", "Granularity": "_spec", "QTensor": "_qtensor",
     "QuantizedActivation": "_activation", "Rule": "_rules", "Scheme": "_spec", "Statistics": "_calibrate", "WeightSpec": "_spec",
-    "calibrate": "_calibrate", "dequantize": "_quantize", "explain": "kernels", "grouped_matmul": "kernels", "matmul": "kernels",
+    "Checkpoint": "interop._checkpoint", "calibrate": "_calibrate", "dequantize": "_quantize", "explain": "kernels", "grouped_matmul": "kernels", "load": "interop._checkpoint", "matmul": "kernels",
     "quantize": "_quantize", "quantize_activation": "kernels", "report": "_report", "scheme": "_schemes", "schemes": "_schemes",
     "take": "kernels", "use": "kernels",
 }

@@ -52,7 +52,8 @@ def test_double_rounds_to_nearest_even():
     rng = np.random.default_rng(3)
     values = rng.integers(0, 2**64, 4000, np.uint64).view(np.float64)
     ties = (1 + np.arange(64) * 2.0**-24) * np.repeat([1.0, 2.0**-126, 2.0**-130, 2.0**-149, 2.0**127], 64)[:, None].reshape(5, 64)
-    values = np.concatenate([values, ties.ravel(), -ties.ravel(), [0.0, -0.0, np.inf, -np.inf, np.nan, 2.0**-150, 1.5 * 2.0**-150, 2.0**-151]])
+    edges = [0.0, -0.0, np.inf, -np.inf, np.nan, 2.0**-150, 1.5 * 2.0**-150, 2.0**-151]
+    values = np.concatenate([values, ties.ravel(), -ties.ravel(), edges])
     values = np.concatenate([values, rng.standard_normal(2000) * np.exp2(rng.integers(-152, -120, 2000))])
     with np.errstate(all="ignore"):
         want = values.astype(np.float32)

@@ -1,0 +1,131 @@
+"""From GGUF's names and metadata to those of Hugging Face.
+
+Names: llama.cpp, `gguf-py/gguf/tensor_mapping.py`. Models that llama.cpp rotates in pairs of neighbours have the rows of q and k permuted
+by its converter (`LlamaModel.permute`); undoing that gives Hugging Face's order.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.k_b_proj", "attn_v_b": "self_attn.v_b_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_kv_a_norm": "self_attn.kv_a_layernorm", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj", "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj", "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# What single architectures call differently.
+OTHER = {
+    "llama+experts": {"ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1",
+                      "ffn_up_exps": "block_sparse_moe.experts.w3", "ffn_down_exps": "block_sparse_moe.experts.w2"},
+    "gemma2": {"ffn_norm": "pre_feedforward_layernorm"}, "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": {"ffn_up": "mlp.gate_up_proj"}, "gpt-oss": {"ffn_gate_inp": "mlp.router"},
+    "deepseek2": {"ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+                  "ffn_down_shexp": "mlp.shared_experts.down_proj"},
+}
+LEAVES = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias", "attn_sinks.weight": "self_attn.sinks"}
+"""Whole names below a layer that become a leaf, not a module."""
+
+PERMUTED = frozenset({"llama", "deci", "baichuan", "internlm2", "minicpm", "xverse", "olmo", "granite", "granitemoe", "bailingmoe",
+                      "smollm3", "arcee"})
+PLAIN = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt-oss", "deepseek2", "falcon",
+    "stablelm",
+                   "starcoder2", "olmo2", "olmoe", "cohere2", "command-r", "glm4", "glm4moe", "qwen2vl", "qwen3next", "mistral3"})
+SHIFTED_NORMS = frozenset({"gemma", "gemma2", "gemma3"})
+"""Architectures whose norms llama.cpp stores as 1 + weight."""
+
+MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "deepseek2": "deepseek_v3", "gemma3": "gemma3_text",
+               "granitemoe": "granitemoe", "glm4moe": "glm4_moe", "qwen2vl": "qwen2_vl"}
+
+
+def hugging_face(name: str, architecture: str, experts: bool) -> str | None:
+    """The Hugging Face name of a tensor (with its `.weight` or `.bias`), None where there is none."""
+    stem, _, param = name.rpartition(".")
+    match = _BLOCK.fullmatch(stem)
+    if match is None:
+        return f"{TOP[stem]}.{param}" if stem in TOP else None
+    number, inner = match.groups()
+    if f"{inner}.{param}" in LEAVES:
+        return f"model.layers.{number}.{LEAVES[f'{inner}.{param}']}"
+    key = f"{architecture}+experts" if experts else architecture
+    module = OTHER.get(key, OTHER.get(architecture, {})).get(inner, LAYER.get(inner))
+    return None if module is None else f"model.layers.{number}.{module}.{param}"
+
+
+def permuted_heads(name: str, architecture: str, metadata: dict) -> int | None:
+    """The number of heads over which the rows of a q or k tensor are permuted, None where they are not."""
+    match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name)
+    if match is None or architecture not in PERMUTED:
+        return None
+    heads = number(metadata, f"{architecture}.attention.head_count")
+    return heads if match[1] == "q" else number(metadata, f"{architecture}.attention.head_count_kv", heads)
+
+
+def number(metadata: dict, key: str, default=None):
+    """A scalar of the metadata, None where it is an array (one number per layer)."""
+    value = metadata.get(key, default)
+    return default if isinstance(value, list | np.ndarray) else value
+
+
+def to_hugging_face(rows, heads: int):
+    """Rows in llama.cpp's order to Hugging Face's: (heads, dim / 2, 2) to (heads, 2, dim / 2)."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def to_gguf(rows, heads: int):
+    """The inverse of `to_hugging_face`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+_FIELDS = {
+    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.key_length": "head_dim", "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "vocab_size": "vocab_size", "attention.sliding_window": "sliding_window", "expert_weights_scale": "routed_scaling_factor",
+    "leading_dense_block_count": "first_k_dense_replace", "attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank",
+}
+_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+
+
+def config(metadata: dict, architecture: str, tensors: dict) -> dict:
+    """A Hugging Face style configuration; everything of the file, tokenizer included, stays under `gguf`."""
+    out: dict = {"model_type": MODEL_TYPES.get(architecture, architecture)}
+    for key, name in _FIELDS.items():
+        value = metadata.get(f"{architecture}.{key}")
+        if value is not None:
+            out[name] = value.tolist() if isinstance(value, np.ndarray) else value
+    if architecture == "llama" and out.get("num_experts"):
+        out["model_type"], out["num_local_experts"] = "mixtral", out.pop("num_experts")
+    if architecture in ("qwen3moe", "qwen2moe"):
+        out["norm_topk_prob"] = bool(metadata.get(f"{architecture}.expert_weights_norm", architecture == "qwen3moe"))
+    for key, name in _IDS.items():
+        if f"tokenizer.ggml.{key}" in metadata:
+            out[name] = metadata[f"tokenizer.ggml.{key}"]
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None:
+        out["vocab_size"] = embedding.shape[0]
+    if architecture == "llama" and "head_dim" not in out and out.get("num_attention_heads"):
+        out["head_dim"] = number(metadata, f"{architecture}.rope.dimension_count") or out["hidden_size"] // out["num_attention_heads"]
+    out["tie_word_embeddings"] = "output.weight" not in tensors
+    out["attention_bias"] = any(name.endswith("attn_q.bias") for name in tensors)
+    scaling = {k.rpartition(".")[2]: v for k, v in metadata.items() if k.startswith(f"{architecture}.rope.scaling.")}
+    if scaling.get("type", "none") != "none":
+        out["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
+    out["gguf"] = metadata
+    return out
