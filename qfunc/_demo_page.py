@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import math
 from importlib import resources
@@ -17,7 +16,7 @@ from ._display import describe_scheme, size_text
 WIDTH = 1000
 STEPS = 9
 """Colours of the heat map; the page's style sheet defines them as --h0 ... --h8."""
-LETTER = 6.3
+LETTER = 6.6
 """Mean width of a letter of a label, in units of the figure."""
 
 
@@ -25,7 +24,7 @@ def page(demo: Demo) -> str:
     """The report as a self-contained HTML document."""
     rows = sorted(demo.rows, key=lambda r: (r.error, r.bits))
     template = Template(resources.files("qfunc").joinpath("data/demo.html").read_text(encoding="utf-8"))
-    best = pareto(demo.rows)
+    best = front(demo.rows)
     fields = {
         "model": html.escape(demo.model),
         "lead": _lead(demo, rows),
@@ -33,7 +32,7 @@ def page(demo: Demo) -> str:
         "legend": "".join(f"<span><i class='dot f-{key}'></i>{html.escape(name)}</span>" for key, name in FAMILIES.items()),
         "scatter": scatter(demo.rows, best),
         "head": _head(demo),
-        "rows": "".join(_table_row(row, demo, row in best) for row in [demo.float_row, *rows]),
+        "rows": "".join(_table_row(row, demo, row.name in best) for row in [demo.float_row, *rows]),
         "heat": heat_map(rows),
         "refused": _refused(demo),
         "machine": html.escape(demo.machine),
@@ -44,12 +43,12 @@ def page(demo: Demo) -> str:
     return template.substitute(fields)
 
 
-def pareto(rows: list[Result]) -> list[Result]:
-    """The rows that no other row beats in size and in error at once, smallest first."""
-    best, least = [], math.inf
-    for row in sorted(rows, key=lambda r: (r.nbytes, r.error)):
-        if row.error < least:
-            best.append(row)
+def front(rows: list[Result]) -> set[str]:
+    """The names of the schemes that no other beats in bits per weight and in error at once; `+table` rows do not take part."""
+    best, least = set(), math.inf
+    for row in sorted(rows, key=lambda r: (r.bits, r.error)):
+        if row.error < least and not row.name.endswith(TABLE):
+            best.add(row.name)
             least = row.error
     return best
 
@@ -92,12 +91,11 @@ def _tile(what: str, number: str, remark: str) -> str:
 
 # --- error against size -----------------------------------------------------------------------------------------------------------
 
-def scatter(rows: list[Result], best: list[Result], height: int = 560) -> str:
+def scatter(rows: list[Result], best: set[str], height: int = 560) -> str:
     """Bits per weight against 1 - mean cosine, as SVG; the line joins schemes that nothing beats in both."""
     rows = [row for row in rows if not row.name.endswith(TABLE) and row.error > 0]
     if not rows:
         return ""
-    front = pareto([_in_bits(row) for row in rows])
     left, right, top, bottom = 64, WIDTH - 24, 16, height - 48
     low, high = math.floor(min(row.bits for row in rows)), math.ceil(max(row.bits for row in rows) + 0.2)
     lowest = math.floor(math.log10(min(row.error for row in rows)))
@@ -119,22 +117,17 @@ def scatter(rows: list[Result], best: list[Result], height: int = 560) -> str:
     words = "bits per quantized weight, scales counted"
     parts += [tag("text", words, css="axis", x=(left + right) / 2, y=height - 6, text_anchor="middle"),
               tag("text", "1 − mean cosine", css="axis", transform=f"translate(14 {middle}) rotate(-90)", text_anchor="middle")]
-    names = {row.name for row in front}
     places = {row.name: place(row) for row in rows}
-    line = sorted(places[name] for name in names)
+    line = sorted(places[name] for name in best if name in places)
     parts.append(tag("polyline", css="front", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in line)))
     for row in rows:
         x, y = places[row.name]
         parts.append(tag("circle", tag("title", _tooltip(row)), css=f"mark f-{row.family}", cx=x, cy=y, r=5.5))
-    ordered = sorted(rows, key=lambda row: (row.name not in names, row.error))
-    points = [(row.name, *places[row.name], row.name in names) for row in ordered]
+    ordered = sorted(rows, key=lambda row: (row.name not in best, row.error))
+    points = [(row.name, *places[row.name], row.name in best) for row in ordered]
     for name, x, y, anchor, strong in labels(points, (left, right, top, bottom)):
         parts.append(tag("text", html.escape(name), css="label strong" if strong else "label", x=x, y=y, text_anchor=anchor))
     return tag("svg", "".join(parts), viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label="error against bits per weight")
-
-
-def _in_bits(row: Result) -> Result:
-    return dataclasses.replace(row, nbytes=int(1000 * row.bits))
 
 
 def labels(points: list[tuple[str, float, float, bool]], box) -> list[tuple[str, float, float, str, bool]]:
@@ -176,7 +169,7 @@ def _tooltip(row: Result) -> str:
 # --- a row per scheme --------------------------------------------------------------------------------------------------------------
 
 def _head(demo: Demo) -> str:
-    columns = ["scheme", "bits", "model", "error: mean and worst", "mean cosine", "worst cosine", "same neighbour",
+    columns = ["scheme", "bits", "model", "error: mean and worst", "mean cosine", "worst cosine", "neighbour",
                *(f"ms, batch {size}" for size in demo.batches)]
     return "".join(f"<th data-column='{i}'{' class=name' if i == 0 else ''}>{name}</th>" for i, name in enumerate(columns))
 
@@ -184,7 +177,7 @@ def _head(demo: Demo) -> str:
 def _table_row(row: Result, demo: Demo, best: bool) -> str:
     base = demo.float_row
     name = f"<i class='dot f-{row.family}'></i>{html.escape(row.name)}" if row.scheme else html.escape(row.name)
-    star = tag("em", "★", title="nothing smaller is as exact") if best else ""
+    star = tag("em", "★", title="no other scheme is both smaller and more exact") if best else ""
     cells = [
         (row.name, f'<span title="{_tooltip(row)}">{name}</span>{star}', "name"),
         (row.bits, f"{row.bits:.2f}", ""),
@@ -202,8 +195,8 @@ def _table_row(row: Result, demo: Demo, best: bool) -> str:
     return tag("tr", body, css="" if row.scheme else "float")
 
 
-def _range(row: Result, low: float = -7, high: float = 0.3, width: int = 190) -> str:
-    """Mean and worst error on a logarithmic axis from 1e-7 to 2."""
+def _range(row: Result, low: float = -6, high: float = 0.3, width: int = 150) -> str:
+    """Mean and worst error on a logarithmic axis from 1e-6 to 2."""
     def place(error: float) -> float:
         return 6 + (max(math.log10(max(error, 1e-12)), low) - low) / (high - low) * (width - 12)
     if row.error <= 0 or row.scheme is None:
@@ -224,8 +217,8 @@ def _refused(demo: Demo) -> str:
 
 # --- the error of every matmul -------------------------------------------------------------------------------------------------------
 
-SHORT = {"attention/self/query": "q", "attention/self/key": "k", "attention/self/value": "v", "attention/output/dense": "out",
-         "intermediate/dense": "up", "output/dense": "down"}
+SHORT = {"attention/self/query": "q", "attention/self/key": "k", "attention/self/value": "v", "attention/output/dense": "o",
+         "intermediate/dense": "up", "output/dense": "dn"}
 """Columns within a layer, by the path of the matmul after `encoder/layer/<i>/`."""
 
 

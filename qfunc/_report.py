@@ -123,7 +123,8 @@ class Report:
             own = [i for i in places if self.rows[i]["scheme"] == name]
             dots = ax.plot([self.rows[i]["relative_error"] for i in own], own, "o", ms=5, label=name)[0]
             out = [i for i in own if "output_error" in self.rows[i]]
-            ax.plot([self.rows[i]["output_error"] for i in out], out, "o", ms=6, mfc="none", mec=dots.get_color())
+            if out:         # even an empty plot would take a colour of the cycle
+                ax.plot([self.rows[i]["output_error"] for i in out], out, "o", ms=6, mfc="none", mec=dots.get_color())
         ax.set_yticks(places, [row["path"] for row in self.rows], fontsize=7)
         ax.set_ylim(len(self.rows) - 0.5, -0.5)
         if any(row["relative_error"] > 0 for row in self.rows):
@@ -132,7 +133,7 @@ class Report:
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if self.rows:
-            ax.legend(frameon=False, fontsize=8)
+            ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         return ax.figure
 
 
