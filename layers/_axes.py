@@ -10,6 +10,7 @@ from qfunc._calibrate import Collector
 from qfunc._orient import Orientation, from_axes
 from qfunc._trees import split
 from qfunc._views import spans
+from qfunc._walk import indexed
 
 
 def weight_axes(apply: Callable, params, *args, **kwargs) -> dict[str, Orientation | str]:
@@ -87,15 +88,16 @@ class Surveyor(Collector):
         return out
 
     def pick(self, eqn, values: list) -> list:
-        numbers, table = eqn.params["dimension_numbers"], values[0]
-        indexed = tuple(numbers.start_index_map)
+        table = values[0]
         self.met = set()
-        if hasattr(table, "leaf") and len(table.axes) == 2 and indexed == tuple(numbers.collapsed_slice_dims) and len(indexed) == 1:
-            axes = [(runs[0].axis if runs else None) for runs in table.axes]
-            if all(axis is not None and spans(runs, axis, table.leaf.sizes[axis]) for axis, runs in zip(axes, table.axes, strict=True)):
-                self.record(table.leaf, None, (), (axes[1 - indexed[0]],))
+        place = indexed(eqn, table.array.shape) if hasattr(table, "leaf") and len(table.axes) == 2 else None
+        if place is not None:
+            runs = table.axes[1 - place]
+            axis = runs[0].axis if runs else None
+            if axis is not None and spans(runs, axis, table.leaf.sizes[axis]):
+                self.record(table.leaf, None, (), (axis,))
         self._unmet(eqn, values)
-        return super(Collector, self).stray(eqn, [value.array if hasattr(value, "leaf") else value for value in values])
+        return super().stray(eqn, [value.array if hasattr(value, "leaf") else value for value in values])
 
     def plain(self, value, eqn=None):
         if eqn is not None and hasattr(value, "leaf"):

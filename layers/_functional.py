@@ -21,7 +21,7 @@ from qfunc._paths import leaf_path
 from qfunc._qtensor import QTensor
 from qfunc._tracked import Leaf, Tracked, is_packed, track_packed, where
 from qfunc._trees import join, split
-from qfunc._walk import Walker
+from qfunc._walk import Walker, indexed
 from qfunc.kernels import grouped_matmul, matmul, take
 
 UNKNOWN = ("raise", "dequantize")
@@ -111,7 +111,8 @@ class Replacer(Walker):
         return self.stray(eqn, values) if out is None else [out]
 
     def pick(self, eqn, values: list) -> list:
-        out = _rows(eqn, *values) if is_packed(values[0]) and not is_packed(values[1]) else None
+        alone = is_packed(values[0]) and not any(is_packed(value) for value in values[1:])
+        out = _rows(eqn, *values) if alone else None
         return self.stray(eqn, values) if out is None else [out]
 
 
@@ -202,26 +203,33 @@ def _axes(value: Tracked, dimension: int) -> list[int] | None:
     return order if all(_views.spans(g, axis, value.leaf.sizes[axis]) for g, axis in zip(grouped, order, strict=True)) else None
 
 
-def _rows(eqn, table: Tracked, ids):
-    """Rows of an embedding: one index into all output axes of the leaf, whole rows of its contracted axes."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    indexed, *more = numbers.start_index_map
-    if more or tuple(numbers.collapsed_slice_dims) != (indexed,) or numbers.operand_batching_dims or len(table.axes) != 2:
-        return None
+def _rows(eqn, table: Tracked, *index):
+    """Rows of an embedding: single positions of all output axes of the leaf, its contracted axes whole."""
+    shape = _views.shape(table.axes)
+    place = indexed(eqn, shape)
     batch, ins, outs = roles(table.leaf)
-    real = [a for a, n in table.leaf.sizes.items() if n > 1]
-    if batch or sizes[1 - indexed] != _views.shape(table.axes)[1 - indexed]:
+    real = [axis for axis, size in table.leaf.sizes.items() if size > 1]
+    if place is None or len(shape) != 2 or batch or _axes(table, place) != [a for a in outs if a in real]:
         return None
-    if _axes(table, indexed) != [a for a in outs if a in real] or _axes(table, 1 - indexed) != [a for a in ins if a in real]:
+    if _axes(table, 1 - place) != [a for a in ins if a in real]:
         return None
-    vocabulary = _views.shape(table.axes)[indexed]
-    ids = ids[..., 0]
-    inside = jnp.clip(ids, 0, vocabulary - 1)
-    rows = take(table.leaf.packed, inside).astype(eqn.outvars[0].aval.dtype)
+    out, numbers = eqn.outvars[0].aval, eqn.params.get("dimension_numbers")
+    ids = _ids(eqn, place, index)
+    inside = jnp.clip(ids, 0, shape[place] - 1)
+    rows = take(table.leaf.packed, inside).astype(out.dtype)
+    if numbers is None:
+        return rows.reshape(out.shape)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
-        rows = jnp.where((ids == inside)[..., None], rows, jnp.nan if fill is None else fill).astype(rows.dtype)
+        rows = jnp.where((ids == inside)[..., None], rows, jnp.nan if fill is None else fill).astype(out.dtype)
     return jnp.moveaxis(rows, -1, numbers.offset_dims[0])
+
+
+def _ids(eqn, place: int, index):
+    """The positions that a gather, dynamic slice or slice asks for."""
+    if eqn.primitive.name == "gather":
+        return index[0][..., eqn.params["dimension_numbers"].start_index_map.index(place)]
+    return jnp.asarray(index[place] if index else eqn.params["start_indices"][place])
 
 
 PACKED: dict[str, Callable] = {"dot_general": _dot, "ragged_dot_general": _ragged}

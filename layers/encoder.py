@@ -13,27 +13,17 @@ Sources: Devlin et al., "BERT", 2018; Reimers and Gurevych, "Sentence-BERT", 201
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from .attention import attention
 from .embedding import embed
 from .linear import linear, linears
+from .mlp import ACTIVATIONS
 from .norms import layer_norm
-
-ACTIVATIONS: dict[str, Callable] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-"""`hidden_act` of Hugging Face to the function."""
 
 
 @dataclass(frozen=True)

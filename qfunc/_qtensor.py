@@ -142,9 +142,12 @@ class QTensor:
         return matrix.reshape(self.shape).astype(jnp.dtype(dtype or self.dtype))
 
     def __getitem__(self, index) -> QTensor:
-        """`q[...]` is q itself; an integer, slice or array indexes the leading axes only."""
+        """`q[...]` is q itself; an integer, slice or array indexes the leading axes; `table[ids]` of an embedding is `qfunc.take`."""
         batch = len(self.matrix_shape) - 2
         keys = index if isinstance(index, tuple) else (index,)
+        if not batch and len(keys) == 1 and self.view == View(transposed=True) and _integers(index):
+            from .kernels import take
+            return take(self, index)
         if any(key is Ellipsis for key in keys):
             if len(keys) > 1:
                 raise IndexError(f"{self!r} is packed: only leading axes can be indexed, found {index!r}")
@@ -202,6 +205,10 @@ class _Blocks(dict):
                 record = _ggml.TYPES[kind]
                 CODECS.register(name, record.elements, record.bytes, lambda raw, columns: _ggml.decode(raw, kind, columns))
         return super().__contains__(name)
+
+
+def _integers(index) -> bool:
+    return isinstance(index, int) and not isinstance(index, bool) or jnp.issubdtype(getattr(index, "dtype", bool), jnp.integer)
 
 
 class _Codecs:

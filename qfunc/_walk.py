@@ -34,7 +34,7 @@ class Walker:
         return self.stray(eqn, values)
 
     def pick(self, eqn, values: list) -> list:
-        """A `gather` from a tracked operand."""
+        """A `gather` from a tracked operand, or a slice of a packed one that is no slice of its leading axes."""
         return self.stray(eqn, values)
 
     def stray(self, eqn, values: list, reason: str = "") -> list:
@@ -140,7 +140,7 @@ def _slice(walker: Walker, eqn, values: list) -> list:
             return walker.stray(eqn, values)
         if leaf.packed is not None:
             if axis >= leaf.batch:
-                return walker.stray(eqn, values)
+                return walker.pick(eqn, values)
             place = leaf.place(axis)
             packed = jax.tree.map(lambda a, i=start, p=place: lax.dynamic_index_in_dim(a, i, p, keepdims=False), leaf.packed)
             leaf = leaf.child(axis, packed, start)
@@ -149,6 +149,22 @@ def _slice(walker: Walker, eqn, values: list) -> list:
         axes[d] = ()
     array = None if is_packed(value) else bind(eqn, [walker.plain(v) for v in values])[0]
     return [Tracked(leaf, tuple(axes), value.dtype, array)]
+
+
+def indexed(eqn, shape) -> int | None:
+    """The one dimension of an operand from which a gather or slice takes single positions, all others whole; else None."""
+    starts = eqn.params.get("start_indices")
+    sizes = eqn.params["slice_sizes"] if starts is None else [b - a for a, b in zip(starts, eqn.params["limit_indices"], strict=True)]
+    cut = [d for d, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have]
+    if len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    numbers = eqn.params.get("dimension_numbers")
+    if numbers is None:
+        return cut[0]
+    # Another index, into a dimension taken whole, is clamped to 0, unless out of range means dropped.
+    others = len(numbers.start_index_map) > 1 and eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    plain = tuple(numbers.collapsed_slice_dims) == tuple(cut) and cut[0] in numbers.start_index_map and not numbers.operand_batching_dims
+    return cut[0] if plain and not others else None
 
 
 RULES: dict[str, Callable] = {
