@@ -85,18 +85,8 @@ def list_schemes(name: Annotated[str | None, typer.Argument(help="only names tha
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="checkpoint folder or file")]) -> None:
     """What lies in a checkpoint, from its headers; nothing is loaded."""
-    from . import interop
-    if hasattr(interop, "inspect"):
-        typer.echo(str(interop.inspect(path)))
-        return
-    from ._display import size_text
-    from .interop.listing import headline, listing
-    rows = listing(path)
-    for line in headline(path):
-        typer.echo(line)
-    cells = [[row["name"], str(row["count"]), row["dtype"], " x ".join(map(str, row["shape"])), size_text(row["bytes"])] for row in rows]
-    _table(["tensor", "count", "dtype", "shape", "size"], cells, left=(0, 2))
-    typer.echo(f"{sum(row['count'] for row in rows)} tensors, {size_text(sum(row['bytes'] for row in rows))}")
+    from .interop import inspect as look
+    typer.echo(str(look(path)))
 
 
 @app.command()
@@ -106,7 +96,7 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="scheme of all weights but embeddings, norms, routers and the output layer")],
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME, first match wins; SCHEME none keeps float; repeatable")] = None,
 ) -> None:
-    """Quantize a float model into a folder in qfunc's own layout (read it back with qfunc.interop.native.load_native)."""
+    """Quantize a float model into a folder in qfunc's own layout (read it back with qfunc.interop.load_native)."""
     from ._quantize import quantize as run
     from ._report import report
     from .interop._refuse import read_json
