@@ -47,7 +47,7 @@ class Report:
     Fields:
         rows: a dict for each quantized weight, in the order of the tree: path, scheme, shape, bits_per_weight, bytes_before, bytes_after,
             norm (of the original), relative_error, sqnr_db, max_abs_error and, where activations were given, output_error.
-        kept: a dict for each leaf left as it is: path, shape, dtype, bytes, reason, notable (False where nobody would expect otherwise).
+        kept: a dict for each array left as it is: path, shape, dtype, bytes, reason, notable (False where nobody would expect otherwise).
     """
 
     rows: list[dict[str, Any]]
@@ -161,7 +161,7 @@ def report(params, qparams, *, batch: Mapping[str, Any] | None = None) -> Report
     for path, leaf in after.items():
         if isinstance(leaf, QTensor):
             rows.append(_row(path, before[path], leaf, batch.get(path)))
-        else:
+        elif hasattr(leaf, "dtype"):        # models carry functions and numbers as leaves, too
             kept.append(_kept(path, leaf))
     return Report(rows, kept)
 
@@ -220,18 +220,17 @@ def _norm(a):
 
 def _kept(path: str, leaf) -> dict[str, Any]:
     reason, notable = _reason(path, leaf)
-    return {"path": path, "shape": tuple(np.shape(leaf)), "dtype": str(getattr(leaf, "dtype", type(leaf).__name__)), "bytes": _nbytes(leaf),
-            "reason": reason, "notable": notable}
+    return {"path": path, "shape": tuple(leaf.shape), "dtype": str(leaf.dtype), "bytes": _nbytes(leaf), "reason": reason, "notable": notable}
 
 
 def _nbytes(leaf) -> int:
-    return math.prod(np.shape(leaf)) * np.dtype(getattr(leaf, "dtype", type(leaf))).itemsize
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _reason(path: str, leaf) -> tuple[str, bool]:
     """Why a leaf stayed, and whether a reader of the report should be told (a bias does not surprise anybody)."""
-    if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return "not floating point", False
-    if np.ndim(leaf) < 2:
+    if len(leaf.shape) < 2:
         return "fewer than two axes", False
     return default_reason(path) or "a rule says so, or its axes have no known meaning", True

@@ -102,3 +102,11 @@ def test_plot(trees):
     figure = qfunc.report(*trees, batch={"layer/up/kernel": np.ones((3, 256), np.float32)}).plot()
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert labels == ["layer/down/kernel", "layer/up/kernel"]
+
+
+def test_modules_of_other_libraries():
+    equinox = pytest.importorskip("equinox")
+    model = equinox.nn.MLP(64, 32, 128, 1, key=jax.random.key(0))
+    report = qfunc.report(model, qfunc.quantize(model, "w4a16_g32"), batch={"layers/0/weight": jnp.ones((3, 64))})
+    assert [row["shape"] for row in report.rows] == [(128, 64), (32, 128)] and 0 < report.rows[0]["output_error"] < 0.3
+    assert [row["path"] for row in report.kept] == ["layers/0/bias", "layers/1/bias"] and report.totals["bytes_kept"] == 4 * 160
