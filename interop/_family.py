@@ -13,6 +13,9 @@ from ._refuse import integer, refuse
 from .safetensors import Files
 
 
+REQUIRED = object()
+
+
 class Config:
     """A JSON object of a configuration file, with checks that name the file and the field, and a list of what was read."""
 
@@ -57,10 +60,10 @@ class Config:
             raise self.fail(key, "true or false", repr(found))
         return found
 
-    def integer(self, *keys: str, low: int = 0, high: int = 2**31, default: int | None = None) -> int | None:
-        """An integer in [low, high] under the first of several spellings."""
-        found = self.first(*keys, default=default)
-        return found if found is None and default is None else integer(found, self.where, self.prefix + keys[0], low, high)
+    def integer(self, *keys: str, low: int = 0, high: int = 2**31, default=REQUIRED) -> int:
+        """An integer in [low, high] under the first of several spellings; without a default it must be there."""
+        found = self.first(*keys, default=None if default is REQUIRED else default)
+        return integer(found, self.where, self.prefix + keys[0], low, high)
 
     def group_size(self, *keys: str, default: int | None = None) -> int | None:
         """A group size: positive, or None where -1 or null says that a whole row shares one scale."""

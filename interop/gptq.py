@@ -51,7 +51,7 @@ def settings(source: Source) -> Settings:
     quant = source.quant
     quant.choice("pack_dtype", ("int32",), "int32")
     form = quant.choice("checkpoint_format", ("gptq", "gptq_v2", ""), quant.choice("format", ("gptq", "gptq_v2", ""), "gptq"))
-    bits = quant.integer("bits", low=2, high=8, default=None)
+    bits = quant.integer("bits", low=2, high=8)
     if bits not in BITS:
         raise quant.fail("bits", "2, 3, 4 or 8 (other widths exist only in GPTQModel's planar layout)")
     quant.boolean("desc_act")
