@@ -161,7 +161,8 @@ def report(params, qparams, *, batch: Mapping[str, Any] | None = None) -> Report
     for path, leaf in after.items():
         if isinstance(leaf, QTensor):
             rows.append(_row(path, before[path], leaf, batch.get(path)))
-        elif hasattr(leaf, "dtype"):        # models carry functions and numbers as leaves, too
+        elif hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            # Models carry functions, numbers and random keys as leaves, too.
             kept.append(_kept(path, leaf))
     return Report(rows, kept)
 
@@ -220,7 +221,8 @@ def _norm(a):
 
 def _kept(path: str, leaf) -> dict[str, Any]:
     reason, notable = _reason(path, leaf)
-    return {"path": path, "shape": tuple(leaf.shape), "dtype": str(leaf.dtype), "bytes": _nbytes(leaf), "reason": reason, "notable": notable}
+    return {"path": path, "shape": tuple(leaf.shape), "dtype": str(leaf.dtype), "bytes": _nbytes(leaf), "reason": reason,
+            "notable": notable}
 
 
 def _nbytes(leaf) -> int:
