@@ -186,8 +186,8 @@ def _runner(call: Call, row: Implementation) -> Callable:
 
 
 @functools.lru_cache(maxsize=1024)
-def _warn(primitive: str, chosen: str, name: str, reason: str) -> None:
-    warnings.warn(f"{primitive} runs on {chosen!r}: {name!r} refused, {reason}", FallbackWarning, stacklevel=2)
+def _warn(chosen: str, name: str, reason: str) -> None:
+    warnings.warn(f"a quantized operation runs on {chosen!r}: {name!r} refused, {reason}", FallbackWarning, stacklevel=2)
 
 
 def define(primitive, describe: Callable[..., Call]) -> None:
@@ -199,7 +199,7 @@ def define(primitive, describe: Callable[..., Call]) -> None:
         if params["implementation"] is None:
             for name, reason in refused:
                 if not reason.startswith("runs on "):
-                    _warn(call.primitive, row.name, name, reason)
+                    _warn(row.name, name, reason)
         return mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
 
     for platform in PLATFORMS:
