@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 import qfunc
+
+ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n", "left_trans", "right_trans")
+"""Leaves beside a kernel that rotate its input (msModelSlim's online QuaRot and FlatQuant)."""
+_PAIRS = (("kronecker_rotation_m", "kronecker_rotation_n"), ("left_trans", "right_trans"))
 
 
 def linear(params: Mapping, x, *, out_dtype=None):
@@ -53,7 +59,9 @@ def linears(params: Sequence[Mapping], x) -> list:
     Arguments: `params`, the layers as `linear` takes them; `x` [..., in].
     Returns: what `[linear(p, x) for p in params]` gives, element for element, with the same derivatives.
     """
-    if len(params) > 1 and not any(name in p for p in params for name in ROTATIONS) and all(_dynamic(p["kernel"]) for p in params) and len({p["kernel"].scheme.activation for p in params}) == 1:
+    rotations = any(name in p for p in params for name in ROTATIONS)
+    alike = not rotations and all(_dynamic(p["kernel"]) for p in params) and len({p["kernel"].scheme.activation for p in params}) == 1
+    if len(params) > 1 and alike:
         return _shared([{name: p[name] for name in ("kernel", "bias") if p.get(name) is not None} for p in params], x)
     return [linear(p, x) for p in params]
 

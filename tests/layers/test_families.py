@@ -1,0 +1,108 @@
+"""Each family against transformers on torch: a tiny random model, float32, as a whole and token by token through the cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qfunc
+from qfunc.layers.cache import init_cache
+from qfunc.layers.decoder import apply
+from qfunc.layers.families import FAMILIES, adapt, model_config
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK = {**SMALL, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+            "moe_intermediate_size": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+            "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "n_shared_experts": 2}
+MSCALE = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}
+
+CASES = {
+    "llama": ("Llama", SMALL),
+    "llama-tied-bias-llama3": ("Llama", {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA3}),
+    "llama-linear": ("Llama", {**SMALL, "head_dim": 12, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}}),
+    "llama-yarn": ("Llama", {**SMALL, "rope_parameters": YARN}),
+    "mistral": ("Mistral", {**SMALL, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {**SMALL, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}),
+    "qwen3": ("Qwen3", {**SMALL, "head_dim": 16}),
+    "qwen3_moe": ("Qwen3Moe", {**SMALL, "head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
+                               "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "qwen2_moe": ("Qwen2Moe", {**SMALL, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "num_experts": 6,
+                               "num_experts_per_tok": 3}),
+    "mixtral": ("Mixtral", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "gemma": ("Gemma", {**SMALL, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**SMALL, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 24}),
+    "gemma3_text": ("Gemma3", {**SMALL, "head_dim": 16, "num_hidden_layers": 3, "sliding_window": 4, "sliding_window_pattern": 3,
+                               "query_pre_attn_scalar": 20}),
+    "gpt_oss": ("GptOss", {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4,
+                           "rope_parameters": {**YARN, "truncate": False}}),
+    "deepseek_v2": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy", "norm_topk_prob": False}),
+    "deepseek_v2-yarn": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": 20, "topk_method": "greedy", "rope_parameters": MSCALE}),
+    "deepseek_v3": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": 20, "norm_topk_prob": True, "rope_parameters": MSCALE}),
+}
+
+
+def build(case: str, folder):
+    """(their model, our params, our config) of a random model, by way of the checkpoint that transformers writes."""
+    name, fields = CASES[case]
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(kind(**fields, attn_implementation="eager")).eval().float()
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *((k, b) for k, b in model.named_buffers() if "correction" in k)]:
+            value.copy_(torch.randn_like(value) * (0.3 if "norm" in key or "correction" in key else 0.15) + (1.0 if "norm" in key else 0))
+    model.save_pretrained(folder)
+    checkpoint = qfunc.load(folder)
+    config = model_config(checkpoint.config)
+    return model, adapt(checkpoint.params, config), config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    model, params, config = build(case, tmp_path)
+    ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (2, 12))
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    run = jax.jit(apply, static_argnums=3, donate_argnums=2)
+    got, none = run(params, ids, None, config)
+    assert none is None
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+    cache = init_cache(config, 2, 16)
+    first, cache = run(params, ids[:, :7], cache, config)
+    steps = [first]
+    for i in range(7, 12):
+        logits, cache = run(params, ids[:, i:i + 1], cache, config)
+        steps.append(logits)
+    np.testing.assert_allclose(np.concatenate(steps, 1), want, atol=1e-4)
+    assert int(cache["length"]) == 12
+
+
+def test_every_family_has_a_test():
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES)
+
+
+def test_configurations_that_are_not_understood_are_refused():
+    good = {**SMALL, "model_type": "llama"}
+    assert hash(model_config(good)) == hash(model_config(good))
+    for change, message in (({"model_type": "bert"}, "model_type"), ({"hidden_act": "silly"}, "silly"),
+                            ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+                            ({"num_key_value_heads": 3}, "multiple"),
+                            ({"model_type": "mistral", "sliding_window": 4, "layer_types": ["chunked"] * 2}, "chunked")):
+        with pytest.raises(ValueError, match=message):
+            model_config({**good, **change})
+    with pytest.raises(ValueError, match="vocab_size"):
+        model_config({key: value for key, value in good.items() if key != "vocab_size"})
+    config = model_config(good)
+    with pytest.raises(ValueError, match="lm_head"):
+        adapt({"model": {"embed_tokens": {}, "layers": {"0": {}, "1": {}}, "norm": {}}}, config)
+    with pytest.raises(ValueError, match="model/layers/1"):
+        adapt({"model": {"embed_tokens": {}, "layers": {"0": {}}, "norm": {}}}, config)
+    with pytest.raises(ValueError, match="batch, tokens"):
+        apply({}, jnp.zeros(3, jnp.int32), None, config)
