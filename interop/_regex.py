@@ -59,11 +59,12 @@ def _children(op, value):
 
 
 def _repeats(tree, inside: bool) -> tuple[int, bool]:
-    """How many repeats of more than a few rounds a tree has, and whether one stands inside another."""
+    """How many repeats a tree has, and whether something that can match in two ways stands inside one."""
     count, nested = 0, False
     for op, value in tree:
-        many = op in (C.MAX_REPEAT, C.MIN_REPEAT, C.POSSESSIVE_REPEAT) and value[1] > 4
-        count, nested = count + many, nested or (many and inside)
+        repeat = op in (C.MAX_REPEAT, C.MIN_REPEAT, C.POSSESSIVE_REPEAT)
+        many = repeat and value[1] > 1
+        count, nested = count + many, nested or (inside and (repeat or op is C.BRANCH))
         for child in _children(op, value):
             below, deep = _repeats(child, inside or many)
             count, nested = count + below, nested or deep

@@ -54,9 +54,10 @@ def settings(source: Source) -> Settings:
     quarot = rotation.section("quarot") if rotation is not None else None
     if quarot is not None:
         _rotations(source, quarot)
-    optional = quant.get("optional")
-    found = ((optional or {}).get("quarot") or {}).get("rotation_map") if isinstance(optional, dict) else None
-    for name in (found or {}).values() if isinstance(found, dict) else ():
+    section = quant
+    for key in ("optional", "quarot", "rotation_map"):
+        section = section.section(key) if section is not None else None
+    for name in section.data.values() if section is not None else ():
         inside(source.path, name, quant.where)
     return Settings(types, quant, "int8" if cache_kind == "c8" else None)
 
