@@ -209,13 +209,13 @@ def _expert_scales(x, spec, w: QTensor, sizes, owner):
         zero = None if w.input_zero is None else w.input_zero[owner]
         return w.input_scale[owner], zero
     count, clip, element = sizes.shape[0], jnp.float32(spec.clip), code(spec.code)
+    lo, hi = jax.ops.segment_min(jnp.min(x, -1), owner, count), jax.ops.segment_max(jnp.max(x, -1), owner, count)
+    lo, hi = (jnp.where(sizes > 0, end, 0) * clip for end in (lo, hi))          # infinite where an expert has no row
     if spec.zero is not None:
-        scale, zero = _scales.minmax(jax.ops.segment_min(jnp.min(x, -1), owner, count) * clip,
-                                     jax.ops.segment_max(jnp.max(x, -1), owner, count) * clip, element)
+        scale, zero = _scales.minmax(lo, hi, element)
         return scale[owner][:, None, None], jnp.where(jnp.isfinite(zero), zero, 0).astype(jnp.int32)[owner][:, None, None]
-    largest = jnp.maximum(jax.ops.segment_max(jnp.max(jnp.abs(x), -1), owner, count), 0) * clip        # -inf where an expert has no row
     if spec.outer is not None:
-        scale = divide(largest, element.highest * E4M3_LARGEST)
+        scale = divide(jnp.maximum(jnp.abs(lo), jnp.abs(hi)), element.highest * E4M3_LARGEST)
     else:
-        scale = _scales.SYMMETRIC[spec.scale_rule](-largest, largest, element)
+        scale = _scales.SYMMETRIC[spec.scale_rule](lo, hi, element)
     return usable(scale)[owner][:, None, None], None

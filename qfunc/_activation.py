@@ -14,7 +14,7 @@ from einops import rearrange
 from . import _scales
 from ._codec import E4M3_LARGEST, two_level
 from ._codes import Code, code, usable
-from ._numerics import decode_e8m0, divide, round_by
+from ._numerics import decode_e8m0, divide, extreme, round_by
 from ._spec import ActivationSpec
 
 
@@ -48,7 +48,7 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
         return QuantizedActivation(element.encode(y, spec.rounding), scale, None)
     y = round_by(y, spec.rounding)
     if zero is not None:
-        y = y + _wide(zero, spec, x.shape[-1])
+        y = y + _wide(zero, spec, x.shape[-1]).astype(jnp.float32)
     # The symmetric rule never needs the lowest code on the data that it saw; a calibrated range, or another rule, may.
     spared = zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
     lowest = -element.highest if spared else element.lowest
@@ -83,12 +83,12 @@ def _aligned(value, x, scope: int, dtype):
 def _cells(x, spec: ActivationSpec, scope: int, reduce):
     kind = spec.granularity.kind
     if kind == "tensor":
-        return reduce(x, axis=_tensor_axes(x, scope), keepdims=True, initial=0)      # there may be no rows
+        return extreme(reduce, x, _tensor_axes(x, scope), keepdims=True, initial=0)      # there may be no rows
     if kind == "token":
-        return reduce(x, axis=-1, keepdims=True)
+        return extreme(reduce, x, -1, keepdims=True)
     size = spec.granularity.size
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])       # a zero changes neither amax nor a range with 0
-    return reduce(rearrange(padded, "... (g c) -> ... g c", c=size), axis=-1)
+    return extreme(reduce, rearrange(padded, "... (g c) -> ... g c", c=size), -1)
 
 
 def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero, scope: int):
@@ -110,11 +110,15 @@ def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero,
         amax = amax * jnp.float32(spec.clip)
     if spec.scale_rule in _scales.MX:
         return decode_e8m0(_scales.mx_exponent(amax, element, spec.scale_rule)), None
-    return usable(_scales.SYMMETRIC[spec.scale_rule](-amax, amax, element)), None
+    lo, hi = -amax, amax
+    if spec.scale_rule == "full_range":         # the only rule that asks for the sign of the largest element
+        lo, hi = (_cells(x, spec, scope, end) * jnp.float32(spec.clip) for end in (jnp.min, jnp.max))
+    return usable(_scales.SYMMETRIC[spec.scale_rule](lo, hi, element)), None
 
 
 def _outer(x, spec: ActivationSpec, element: Code, input_scale, scope: int):
     if input_scale is not None and spec.outer == "tensor":
         return _aligned(input_scale, x, scope, jnp.float32)
     axes = _tensor_axes(x, scope) if spec.outer == "tensor" else (-1,)
-    return usable(divide(jnp.max(jnp.abs(x), axes, keepdims=True, initial=0) * jnp.float32(spec.clip), element.highest * E4M3_LARGEST))
+    amax = extreme(jnp.max, jnp.abs(x), axes, keepdims=True, initial=0)
+    return usable(divide(amax * jnp.float32(spec.clip), element.highest * E4M3_LARGEST))

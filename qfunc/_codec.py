@@ -14,7 +14,7 @@ from einops import rearrange
 
 from . import _pack, _scales
 from ._codes import Code, code, usable
-from ._numerics import decode_e8m0, divide, multiply_add, round_by
+from ._numerics import decode_e8m0, divide, extreme, multiply_add, round_by
 from ._spec import TENSOR, WeightSpec
 
 E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
@@ -131,7 +131,7 @@ def _double(w, spec: WeightSpec, element: Code) -> dict:
     offset = jnp.where(jnp.isfinite(offset), offset, jnp.nan)
     centred = jnp.pad(flat - offset, [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % NESTED_BLOCK)])
     blocks = rearrange(centred, "... (b c) -> ... b c", c=NESTED_BLOCK)
-    largest = usable(jnp.max(jnp.abs(blocks), -1))
+    largest = usable(extreme(jnp.max, jnp.abs(blocks), -1))
     ranks = jnp.searchsorted(jnp.asarray(dynamic_map()[1:] / 2 + dynamic_map()[:-1] / 2), divide(blocks, largest[..., None]))
     codes = ranks.reshape(centred.shape)[..., : rows * groups].reshape(*batch, rows, groups)
     return {"scale": codes.astype(jnp.uint8), "scale2": largest, "scale_offset": offset}

@@ -29,6 +29,12 @@ def multiply_add(x, y, z):
     return jnp.abs(product) * jnp.sign(product) + z
 
 
+def extreme(reduce, x, axis, keepdims: bool = False, initial=None):
+    """`jnp.max` or `jnp.min` over axes where NaN wins: XLA's CPU backend loses NaN in the reductions that it vectorizes."""
+    value = reduce(x, axis=axis, keepdims=keepdims, initial=initial)
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims), jnp.nan, value)
+
+
 def float_bits(x):
     """The bit pattern of float32 x, as int32."""
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)

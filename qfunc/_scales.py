@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ._codes import Code, usable
-from ._numerics import divide, float_bits
+from ._numerics import divide, extreme, float_bits
 from ._spec import Granularity
 
 
@@ -25,7 +25,7 @@ def scale_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int,
 
 
 def reduce_cells(x, granularity: Granularity, reduce: Callable):
-    """Reduce every cell of x [..., rows, columns] by `reduce(x, axis=...)` to the shape of its scales.
+    """Reduce every cell of x [..., rows, columns] by `reduce` (jnp.max or jnp.min) to the shape of its scales; NaN wins.
 
     Cells that stick out over an edge are completed with zeros, so `reduce` must not mind a zero (amax, or a range that includes 0).
     """
@@ -36,7 +36,7 @@ def reduce_cells(x, granularity: Granularity, reduce: Callable):
         cell_in, cell_out = granularity.size, granularity.out or 1
     pad = [(0, 0)] * (x.ndim - 2) + [(0, outs * cell_out - rows), (0, ins * cell_in - columns)]
     cells = rearrange(jnp.pad(x, pad), "... (n r) (g c) -> ... n g r c", n=outs, g=ins, r=cell_out, c=cell_in)
-    return reduce(cells, axis=(-2, -1))
+    return extreme(reduce, cells, (-2, -1))
 
 
 def spread(scale, granularity: Granularity, rows: int, columns: int):
