@@ -178,21 +178,23 @@ def measure(
     width = -(-max(map(len, (e.ids for e in encoder.tokenizer.encode_batch(kept + calibration)))) // 8) * 8
     data = _batched(encoder, kept, max(batches), width)
     inputs = capture(encoder, calibration)
-    models, refused = {}, {}
-    for name in wrap(names, "quantize"):
-        try:
-            models[name] = _quantized(encoder.params, name, inputs)
-        except ValueError as error:
-            refused[name] = str(error)
+    made = _parallel(lambda name: _quantized(encoder.params, name, inputs), names, "quantize", wrap)
+    models = {name: packed for name, packed in made.items() if not isinstance(packed, ValueError)}
+    refused = {name: str(error) for name, error in made.items() if isinstance(error, ValueError)}
     everyone = {FLOAT: encoder.params, **models}
     runs = _compiled(encoder, everyone, data[0], batches, wrap)
     embeddings, milliseconds = _run(runs, everyone, data, batches, rounds, wrap)
     zero = Result(FLOAT, None, 32.0, _nbytes(encoder.params), np.ones(len(kept)), 1.0, milliseconds[FLOAT])
     rows = [_row(name, models[name], embeddings[name][:len(kept)], embeddings[FLOAT][:len(kept)], milliseconds[name]) for name in models]
     plain = dict(_leaves(encoder.params))
-    for row in wrap(rows, "layers"):
-        packed = dict(_leaves(models[row.name]))
-        row.layers = {path: float(_output_error(x[:LAYER_TOKENS], plain[path], packed[path])) for path, x in inputs.items()}
+
+    def layers(name):
+        packed = dict(_leaves(models[name]))
+        return {path: float(_output_error(x[:LAYER_TOKENS], plain[path], packed[path])) for path, x in inputs.items()}
+
+    errors = _parallel(layers, models, "layers", wrap)
+    for row in rows:
+        row.layers = errors[row.name]
     return Demo(encoder.name, sum(a.size for a in jax.tree.leaves(encoder.params)), sum(w.size for w in weights.values()), len(kept), width,
                 tuple(batches), _machine(), zero, rows, refused, time.perf_counter() - started)
 
@@ -227,16 +229,27 @@ def _split(sentences: list[str]) -> tuple[list[str], list[str]]:
     return [s for i, s in enumerate(sentences) if (i + 1) % CALIBRATION_SHARE], sentences[CALIBRATION_SHARE - 1::CALIBRATION_SHARE]
 
 
+def _parallel(function: Callable, items: Iterable, what: str, wrap) -> dict:
+    """The function of every item, two at a time: the time goes into XLA's compiler, which works outside of Python's lock."""
+    items = list(items)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        return {item: future.result() for item, future in zip(items, wrap(futures, what), strict=True)}
+
+
 def _quantized(params, name: str, inputs: dict[str, Any]):
+    """The parameters under a scheme, or the ValueError with which it refuses the model."""
     base = name.removesuffix(TABLE)
     static = scheme(base).activation is not None and scheme(base).activation.mode == "static"
-    packed = quantize(params, base, calibration=inputs if static else None)
-    if name == base:
-        return packed
-    # A packed table is stored as its lm_head: (hidden, vocab).
-    table = {"kernel": params["embeddings"]["word_embeddings"]["weight"].T}
-    embeddings = {**packed["embeddings"], "word_embeddings": quantize(table, base)}
-    return {**packed, "embeddings": embeddings}
+    try:
+        packed = quantize(params, base, calibration=inputs if static else None, progress=False)
+        if name == base:
+            return packed
+        # A packed table is stored as its lm_head: (hidden, vocab).
+        table = quantize({"kernel": params["embeddings"]["word_embeddings"]["weight"].T}, base, progress=False)
+    except ValueError as error:
+        return error
+    return {**packed, "embeddings": {**packed["embeddings"], "word_embeddings": table}}
 
 
 def _batched(encoder, sentences, size: int, width: int) -> list[tuple[jax.Array, jax.Array]]:
@@ -246,19 +259,14 @@ def _batched(encoder, sentences, size: int, width: int) -> list[tuple[jax.Array,
 
 
 def _compiled(encoder, models: dict[str, Any], batch, batches, wrap) -> dict[str, dict[int, Callable]]:
-    """Executables by scheme and batch size; XLA compiles outside of Python's lock, so two at a time."""
+    """Executables by scheme and batch size."""
     def compile_one(job):
         name, size = job
         ids, mask = (a[:size] for a in batch)
-        return job, jax.jit(encoder.__call__).lower(models[name], ids, mask).compile()
-    jobs = [(name, size) for name in models for size in batches]
-    runs: dict[str, dict[int, Callable]] = {name: {} for name in models}
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(compile_one, job) for job in jobs]
-        for future in wrap(futures, "compile"):
-            (name, size), run = future.result()
-            runs[name][size] = run
-    return runs
+        return jax.jit(encoder.__call__).lower(models[name], ids, mask).compile()
+
+    made = _parallel(compile_one, [(name, size) for name in models for size in batches], "compile", wrap)
+    return {name: {size: made[name, size] for size in batches} for name in models}
 
 
 def _run(runs, models, data, batches, rounds: int, wrap) -> tuple[dict[str, np.ndarray], dict[str, dict[int, float]]]:

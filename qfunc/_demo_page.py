@@ -16,7 +16,7 @@ from ._display import describe_scheme, size_text
 WIDTH = 1000
 STEPS = 9
 """Colours of the heat map; the page's style sheet defines them as --h0 ... --h8."""
-LETTER = 6.6
+LETTER = 7.1
 """Mean width of a letter of a label, in units of the figure."""
 
 
@@ -91,7 +91,7 @@ def _tile(what: str, number: str, remark: str) -> str:
 
 # --- error against size -----------------------------------------------------------------------------------------------------------
 
-def scatter(rows: list[Result], best: set[str], height: int = 560) -> str:
+def scatter(rows: list[Result], best: set[str], height: int = 640) -> str:
     """Bits per weight against 1 - mean cosine, as SVG; the line joins schemes that nothing beats in both."""
     rows = [row for row in rows if not row.name.endswith(TABLE) and row.error > 0]
     if not rows:
@@ -99,7 +99,7 @@ def scatter(rows: list[Result], best: set[str], height: int = 560) -> str:
     left, right, top, bottom = 64, WIDTH - 24, 16, height - 48
     low, high = math.floor(min(row.bits for row in rows)), math.ceil(max(row.bits for row in rows) + 0.2)
     lowest = math.floor(math.log10(min(row.error for row in rows)))
-    highest = math.ceil(math.log10(max(row.error for row in rows)) + 0.05)
+    highest = math.ceil(math.log10(max(row.error for row in rows)))
 
     def place(row: Result) -> tuple[float, float]:
         return (left + (row.bits - low) / (high - low) * (right - left),
