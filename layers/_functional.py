@@ -222,7 +222,10 @@ def _rows(eqn, table: Tracked, *index):
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
         rows = jnp.where((ids == inside)[..., None], rows, jnp.nan if fill is None else fill).astype(out.dtype)
-    return jnp.moveaxis(rows, -1, numbers.offset_dims[0])
+    kept = numbers.offset_dims
+    # The dimension of the single position, where it is not collapsed, has size 1 and comes back by the reshape.
+    hidden = kept[0] if len(kept) == 1 else kept[1 - place] - (kept[place] < kept[1 - place])
+    return jnp.moveaxis(rows, -1, hidden).reshape(out.shape)
 
 
 def _ids(eqn, place: int, index):

@@ -142,7 +142,9 @@ def _per_step(walker, eqn, value, v) -> tuple[Any, Tracked | None]:
     if not isinstance(value, Tracked):
         return _typed(value, v), None
     first, leaf = value.axes[0], value.leaf
-    axis = first[0].axis if first else None
+    # A stack of one layer has no elements to follow; any leading axis of size 1 is as good as another.
+    single = [a for a, size in leaf.sizes.items() if size == 1 and (leaf.packed is None or a < leaf.batch)]
+    axis = first[0].axis if first else next(iter(single), None)
     if axis is None or not _views.spans(first, axis, leaf.sizes[axis]) or (leaf.packed is not None and axis >= leaf.batch):
         return walker.plain(value, eqn), None
     if leaf.packed is None:

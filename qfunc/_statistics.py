@@ -42,12 +42,12 @@ class Statistics:
     @property
     def mean_abs(self):
         """Mean |x| per channel, float32 [..., K]; 0 where no row was seen."""
-        return self.abs_sum / jnp.maximum(self.count, 1)[..., None]
+        return self.abs_sum / jnp.maximum(self.count, 1)[..., None].astype(jnp.float32)
 
     @property
     def mean_square(self):
         """Mean x^2 per channel, float32 [..., K]; 0 where no row was seen."""
-        return self.sq_sum / jnp.maximum(self.count, 1)[..., None]
+        return self.sq_sum / jnp.maximum(self.count, 1)[..., None].astype(jnp.float32)
 
     def reduce(self, axis: int) -> Statistics:
         """Merge along one leading axis."""

@@ -163,8 +163,8 @@ def indexed(eqn, shape) -> int | None:
         return cut[0]
     # Another index, into a dimension taken whole, is clamped to 0, unless out of range means dropped.
     others = len(numbers.start_index_map) > 1 and eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    plain = tuple(numbers.collapsed_slice_dims) == tuple(cut) and cut[0] in numbers.start_index_map and not numbers.operand_batching_dims
-    return cut[0] if plain and not others else None
+    plain = tuple(numbers.collapsed_slice_dims) in ((), tuple(cut)) and not numbers.operand_batching_dims
+    return cut[0] if plain and cut[0] in numbers.start_index_map and not others else None
 
 
 RULES: dict[str, Callable] = {
