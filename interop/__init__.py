@@ -3,8 +3,8 @@
 from importlib import import_module as _import_module
 
 _PUBLIC = {
-    "Checkpoint": "_checkpoint", "Inspection": "_inspect", "inspect": "_inspect", "load": "_checkpoint", "load_native": "native",
-    "save_native": "native",
+    "Checkpoint": "_checkpoint", "Inspection": "_inspect", "inspect": "_inspect", "load": "_checkpoint", "load_model": "model",
+    "load_native": "native", "save_native": "native",
 }
 
 __all__ = list(_PUBLIC)

@@ -34,7 +34,7 @@ from .norms import rms_norm
 from .rope import rotate, rotations
 
 
-def apply(params: Mapping, ids, cache: Mapping | None, config: ModelConfig) -> tuple[Any, dict | None]:
+def apply(params: Mapping, ids, cache: Mapping | None, config: ModelConfig, *, last: bool = False) -> tuple[Any, dict | None]:
     """The logits of a decoder.
 
     Arguments:
@@ -43,12 +43,13 @@ def apply(params: Mapping, ids, cache: Mapping | None, config: ModelConfig) -> t
         cache: what `qfunc.layers.cache.init_cache` or an earlier call gave, with room for T more tokens, or None: `ids` are then whole
             texts, and a quantized cache's rounding still applies.
         config: static.
+        last: only the logits of the last token, [B, 1, vocab]: what a prompt needs.
 
     Returns: (logits [B, T, vocab] in the dtype of the activations, the new cache or None).
     Raises: ValueError where shapes do not fit.
     """
     hidden, cache = hidden_states(params, ids, cache, config)
-    return head(params, hidden, config), cache
+    return head(params, hidden[:, -1:] if last else hidden, config), cache
 
 
 def hidden_states(params: Mapping, ids, cache: Mapping | None, config: ModelConfig) -> tuple[Any, dict | None]:

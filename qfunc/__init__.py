@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationSpec": "_spec", "CheckpointError": "_errors", "Granularity": "_spec", "QTensor": "_qtensor",
     "QuantizedActivation": "_activation", "Rule": "_rules", "Scheme": "_spec", "Statistics": "_calibrate", "WeightSpec": "_spec",
-    "Checkpoint": "interop._checkpoint", "calibrate": "_calibrate", "dequantize": "_quantize", "explain": "kernels", "grouped_matmul": "kernels", "load": "interop._checkpoint", "matmul": "kernels",
+    "Checkpoint": "interop._checkpoint", "calibrate": "_calibrate", "dequantize": "_quantize", "explain": "kernels",
+    "grouped_matmul": "kernels", "load": "interop._checkpoint", "load_model": "interop.model", "matmul": "kernels",
     "quantize": "_quantize", "quantize_activation": "kernels", "report": "_report", "scheme": "_schemes", "schemes": "_schemes",
     "take": "kernels", "use": "kernels",
 }
 # Names whose functions come later; calling one says what there is instead.
 _RESERVED = {
     "save": "qfunc.interop.save_native writes qfunc's own layout, which qfunc.load reads",
-    "load_model": "qfunc.load gives packed parameters and the config; qfunc.layers runs encoders",
 }
 _SUBPACKAGES = ("interop", "kernels", "layers")
 

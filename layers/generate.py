@@ -1,0 +1,101 @@
+"""Sampling and the decoding loop: jitted once per shape, the cache donated from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .cache import init_cache
+from .config import ModelConfig
+
+ROUND = 64
+"""Caches are made in multiples of so many tokens, so that prompts of similar length share a compiled program."""
+
+
+def sample(logits, key, temperature, top_p):
+    """One token id per row.
+
+    Arguments: `logits` [B, vocab]; `key`, a PRNG key; `temperature` > 0; `top_p` in (0, 1]: only the most likely tokens are drawn from
+    whose probability mass before them is less than that.
+    Returns: int32 [B].
+    """
+    logits = logits.astype(jnp.float32) / temperature
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+    before = mass - jax.nn.softmax(ranked, axis=-1)
+    drawn = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _next(logits, key, temperature, top_p, greedy: bool):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32) if greedy else sample(logits, key, temperature, top_p)
+
+
+@partial(jax.jit, static_argnames=("apply", "config", "greedy"), donate_argnames=("cache",))
+def prefill(params, ids, cache, key, temperature, top_p, *, apply: Callable, config: ModelConfig, greedy: bool):
+    """(first new token int32 [B], cache) of prompts [B, T]."""
+    logits, cache = apply(params, ids, cache, config, last=True)
+    return _next(logits[:, -1], jax.random.fold_in(key, 0), temperature, top_p, greedy), cache
+
+
+@partial(jax.jit, static_argnames=("apply", "config", "greedy", "steps"), donate_argnames=("cache",))
+def decode(params, token, cache, done, index, key, temperature, top_p, *, apply: Callable, config: ModelConfig, greedy: bool, steps: int):
+    """Up to `steps` further tokens; the loop ends early when every row has ended.
+
+    Arguments: `token` int32 [B], the last token; `done` bool [B]; `index`, how many tokens were drawn before.
+    Returns: (tokens int32 [B, steps], last token, cache, done); a row that has ended repeats its last token.
+    """
+    ends = jnp.asarray(config.eos or (-1,), jnp.int32)
+
+    def going(state):
+        return (state[0] < steps) & ~jnp.all(state[3])
+
+    def step(state):
+        i, token, cache, done, out = state
+        logits, cache = apply(params, token[:, None], cache, config)
+        new = _next(logits[:, -1], jax.random.fold_in(key, index + i), temperature, top_p, greedy)
+        new = jnp.where(done, token, new)
+        out = jax.lax.dynamic_update_slice(out, new[:, None], (0, i))
+        return i + 1, new, cache, done | jnp.isin(new, ends), out
+
+    out = jnp.broadcast_to(token[:, None], (token.shape[0], steps))
+    _, token, cache, done, out = jax.lax.while_loop(going, step, (jnp.int32(0), token, cache, done, out))
+    return out, token, cache, done
+
+
+def generate(apply: Callable, params, ids, config: ModelConfig, *, max_new_tokens: int, temperature: float, top_p: float, seed: int,
+             chunk: int) -> Iterator[np.ndarray]:
+    """New tokens in pieces, int32 [B, up to chunk].
+
+    Arguments: `apply` as `qfunc.layers.decoder.apply`; `ids` int [B, T], prompts of one length; `temperature` 0 takes the most likely
+    token. Ends when every row has met one of `config.eos`, which is part of the result.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids: expected [batch, tokens] with at least one token, found {ids.shape}")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate: expected max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, found "
+                         f"{max_new_tokens}, {temperature} and {top_p}")
+    length = -(-(ids.shape[1] + max_new_tokens) // ROUND) * ROUND
+    cache = init_cache(config, ids.shape[0], length)
+    options = {"apply": apply, "config": config, "greedy": temperature == 0}
+    key, draw = jax.random.key(seed), (jnp.float32(temperature or 1), jnp.float32(top_p))
+    token, cache = prefill(params, jnp.asarray(ids, jnp.int32), cache, key, *draw, **options)
+    done = jnp.isin(token, jnp.asarray(config.eos or (-1,), jnp.int32))
+    yield np.asarray(token)[:, None]
+    count = 1
+    while count < max_new_tokens and not bool(done.all()):
+        steps = min(chunk, max_new_tokens - count)
+        out, token, cache, done = decode(params, token, cache, done, jnp.int32(count), key, *draw, **options, steps=steps)
+        found = np.asarray(out)
+        if bool(done.all()) and config.eos:
+            # The loop ended early: cut what it did not write, which repeats the end.
+            ended = np.isin(found, config.eos)
+            found = found[:, :int(np.where(ended.any(1), ended.argmax(1) + 1, 0).max())]
+        yield found
+        count += steps

@@ -1,0 +1,207 @@
+"""Models from disk: the public face of loading, calling, generating and quantizing them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import archive, checkpoint
+
+import qfunc
+from qfunc.layers.cache import FORMATS
+from qfunc.layers.families import model_config
+from qfunc.layers.generate import sample
+from qfunc.layers.model import Model
+
+CONFIG = {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64, "eos_token_id": 0,
+          "torch_dtype": "float32", "tie_word_embeddings": False}
+MOE = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+       "norm_topk_prob": True}
+
+
+def tensors(config: dict, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    h, d = config["hidden_size"], config["head_dim"]
+
+    def matrix(*shape):
+        return (rng.standard_normal(shape) * 0.08).astype(np.float32)
+    out = {"model.embed_tokens.weight": matrix(config["vocab_size"], h) * 10, "model.norm.weight": np.ones(h, np.float32),
+           "lm_head.weight": matrix(config["vocab_size"], h)}
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        out |= {p + f"{name}.weight": 1 + matrix(size) for name, size in (("input_layernorm", h), ("post_attention_layernorm", h),
+                                                                          ("self_attn.q_norm", d), ("self_attn.k_norm", d))}
+        heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+        out |= {p + f"self_attn.{name}_proj.weight": matrix(n * d, h) for name, n in heads.items()}
+        out[p + "self_attn.o_proj.weight"] = matrix(h, heads["q"] * d)
+        blocks = ["mlp."]
+        inner = config["intermediate_size"]
+        if "num_experts" in config:
+            blocks, inner = [f"mlp.experts.{e}." for e in range(config["num_experts"])], config["moe_intermediate_size"]
+            out[p + "mlp.gate.weight"] = matrix(config["num_experts"], h) * 5
+        for block in blocks:
+            out |= {p + block + "gate_proj.weight": matrix(inner, h), p + block + "up_proj.weight": matrix(inner, h),
+                    p + block + "down_proj.weight": matrix(h, inner)}
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("dense") / "m", tensors(CONFIG), config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("moe") / "m", tensors(MOE), config=MOE)
+
+
+IDS = np.random.default_rng(1).integers(1, 64, (2, 9))
+
+
+def relative(a, b):
+    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+
+
+def test_a_float_model_computes_and_generates(dense):
+    model = qfunc.load_model(dense)
+    assert isinstance(model, Model) and model.config.dtype == "float32" and "qwen3" in repr(model)
+    logits = model(IDS)
+    assert logits.shape == (2, 9, 64) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(model(IDS[0])[0], logits[0], atol=1e-5)
+    half, cache = model(IDS[:, :4], model.init_cache(2, 9))
+    rest, cache = model(IDS[:, 4:], cache)
+    np.testing.assert_allclose(np.concatenate([half, rest], 1), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="9 of 9 positions"):
+        model(IDS[:, :1], cache)
+    for ids in ([[64]], [[-1]], [[0.5]]):
+        with pytest.raises(ValueError, match="input_ids"):
+            model(ids)
+
+    new = model.generate(IDS, max_new_tokens=6)
+    greedy, text = [], IDS
+    for _ in range(6):
+        greedy.append(np.asarray(model(text))[:, -1].argmax(-1))
+        text = np.concatenate([text, greedy[-1][:, None]], 1)
+    for row, want in zip(new, np.stack(greedy, 1), strict=True):
+        end = list(want).index(0) + 1 if 0 in want else 6
+        assert list(row[:end]) == list(want[:end])
+    pieces = list(model.generate(IDS, max_new_tokens=6, stream=True))
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), new)
+    drawn = [model.generate(IDS[0], max_new_tokens=6, temperature=1.0, top_p=0.9, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert len({tuple(d) for d in drawn}) > 1
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate("hello")
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(IDS, max_new_tokens=0)
+
+
+def test_generation_ends_where_the_text_ends(dense):
+    model = qfunc.load_model(dense)
+    first = model.generate(IDS[0], max_new_tokens=12)
+    ending = Model(model.params, model.config.replace(eos=(int(first[2]),)))
+    out = ending.generate(IDS[0], max_new_tokens=12)
+    stop = list(first).index(first[2]) + 1
+    np.testing.assert_array_equal(out, first[:stop])
+
+
+def test_sampling_keeps_to_the_nucleus():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = np.asarray(jax.vmap(lambda key: sample(logits, key, jnp.float32(1), jnp.float32(0.75))[0])(keys))
+    assert set(drawn) == {0, 1} and abs((drawn == 0).mean() - 0.625) < 0.08
+
+
+@pytest.mark.parametrize(("scheme", "limit"), [("w8a16", 0.02), ("w8a8_dynamic", 0.04), ("w4a16_g128", 0.25), ("fp8", 0.1), ("mxfp8", 0.1)])
+def test_quantized_while_loading_is_quantized_after(dense, moe, scheme, limit):
+    for folder in (dense, moe):
+        plain = qfunc.load_model(folder)
+        after, online = plain.quantize(scheme), qfunc.load_model(folder, quantize=scheme)
+        assert jax.tree.structure(after.params) == jax.tree.structure(online.params)
+        jax.tree.map(np.testing.assert_array_equal, after.params, online.params)
+        assert online.nbytes < 0.75 * plain.nbytes
+        assert relative(online(IDS), plain(IDS)) < limit
+        assert online.generate(IDS, max_new_tokens=3).shape[0] == 2
+
+
+def test_rules_of_online_methods(moe, dense):
+    experts = qfunc.load_model(moe, quantize="quark_int4fp8_moe").params["model"]["layers"]["0"]
+    assert isinstance(experts["mlp"]["experts"]["up_proj"]["kernel"], qfunc.QTensor)
+    assert not isinstance(experts["self_attn"]["q_proj"]["kernel"], qfunc.QTensor)
+    with pytest.raises(ValueError, match="no scheme"):
+        qfunc.load_model(dense, quantize="w9a9")
+    qfunc.interop.save_native(dense.parent / "packed", qfunc.load_model(dense, quantize="w8a16").params, CONFIG)
+    again = qfunc.load_model(dense.parent / "packed")
+    np.testing.assert_array_equal(again(IDS), qfunc.load_model(dense, quantize="w8a16")(IDS))
+
+
+def test_static_schemes_take_ids_as_calibration(dense):
+    plain = qfunc.load_model(dense)
+    static = plain.quantize("w8a8_static", calibration=[IDS, IDS[:, ::-1]])
+    assert relative(static(IDS), plain(IDS)) < 0.05
+    with pytest.raises(ValueError, match="calibration"):
+        plain.quantize("w8a8_static")
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if name != "float"])
+def test_quantized_caches(dense, form):
+    plain = qfunc.load_model(dense)
+    params = plain.params
+    if form == "int8":
+        with pytest.raises(ValueError, match="k_scale"):
+            Model(params, plain.config.replace(cache=form))(IDS)
+        params = jax.tree.map(lambda leaf: leaf, params)
+        for layer in params["model"]["layers"].values():
+            layer["self_attn"] |= {"k_scale": jnp.float32(0.03), "v_scale": jnp.full(2 * 32, 0.03), "v_zero": jnp.full(2 * 32, 3.0)}
+    model = Model(params, plain.config.replace(cache=form))
+    whole = model(IDS)
+    assert 0 < relative(whole, plain(IDS)) < (0.02 if "int8" in form else 0.06 if "e4m3" in form else 0.12)
+    logits, cache = model(IDS[:, :5], model.init_cache(2, 12))
+    steps = [logits]
+    for i in range(5, 9):
+        logits, cache = model(IDS[:, i:i + 1], cache)
+        steps.append(logits)
+    np.testing.assert_allclose(np.concatenate(steps, 1), whole, atol=2e-3)
+    assert cache["layers"][0]["k"]["codes"].dtype.itemsize == 1
+
+
+def test_bfloat16_and_refusals(dense, tmp_path):
+    model = qfunc.load_model(dense, dtype="bfloat16", quantize="w8a8_dynamic")
+    assert model(IDS).dtype == jnp.bfloat16
+    assert relative(model(IDS).astype(jnp.float32), qfunc.load_model(dense)(IDS)) < 0.06
+    with pytest.raises(ValueError, match="dtype"):
+        qfunc.load_model(dense, dtype="int8")
+    with pytest.raises(ValueError, match="fp8_e4m3_token"):
+        qfunc.load_model(dense, cache="int3")
+    other = checkpoint(tmp_path / "m", tensors(CONFIG), config={**CONFIG, "model_type": "falcon"})
+    with pytest.raises(qfunc.CheckpointError, match="falcon"):
+        qfunc.load_model(other)
+    assert model_config(CONFIG).windows == (None, None)
+
+
+def test_experts_of_different_schemes_give_the_numbers_of_a_stack(moe):
+    plain = qfunc.load_model(moe)
+    stacked = plain.quantize("w8a16")
+    apart = jax.tree.map(lambda leaf: leaf, stacked.params)
+    for layer in apart["model"]["layers"].values():
+        experts = layer["mlp"]["experts"]
+        layer["mlp"]["experts"] = {"down_proj": experts["down_proj"], **{
+            str(e): {name: {"kernel": experts[name]["kernel"][e]} for name in ("gate_proj", "up_proj")} for e in range(4)}}
+    np.testing.assert_allclose(Model(apart, plain.config)(IDS), stacked(IDS), atol=1e-5)
+
+
+SLICE = ("ct-w8a8-int8-dynamic", "ct-moe-w4a8-int", "modelslim-quarot-online-w4a4", "modelslim-w8a8c8", "gguf-q4_k_m",
+         "gptqmodel-4bit-g32-asym")
+
+
+@pytest.mark.fixtures
+@pytest.mark.parametrize("name", SLICE)
+def test_logits_of_recorded_checkpoints(name):
+    root = archive()
+    if root is None:
+        pytest.skip("no recorded checkpoints")
+    folder = root / name
+    recorded = np.load(folder / "reference.npz")
+    model = qfunc.load_model(next(iter(folder.glob("*.gguf")), folder), dtype="float32")
+    got, want = (a - a.mean(-1, keepdims=True) for a in (np.asarray(model(recorded["input_ids"])), recorded["logits"].astype(np.float32)))
+    assert relative(got, want) < float(recorded["tolerance"])
