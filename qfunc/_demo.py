@@ -60,7 +60,7 @@ class Result:
 
     Fields: `bits` per quantized weight, all scales counted; `nbytes` of the whole model; `cosines` to the float embeddings, one per
     sentence; `agreement`, share of sentences whose nearest other sentence is the same; `milliseconds` by batch size; `layers`, relative
-    error of the output of each matmul by path; `note` where something was not measured.
+    error of the output of each matmul by path.
     """
 
     name: str
@@ -180,7 +180,7 @@ def measure(
     inputs = capture(encoder, calibration)
     made = _parallel(lambda name: _quantized(encoder.params, name, inputs), names, "quantize", wrap)
     models = {name: packed for name, packed in made.items() if not isinstance(packed, ValueError)}
-    refused = {name: str(error) for name, error in made.items() if isinstance(error, ValueError)}
+    refused = {name: _short(error) for name, error in made.items() if isinstance(error, ValueError)}
     everyone = {FLOAT: encoder.params, **models}
     runs = _compiled(encoder, everyone, data[0], batches, wrap)
     embeddings, milliseconds = _run(runs, everyone, data, batches, rounds, wrap)
@@ -227,6 +227,12 @@ def _split(sentences: list[str]) -> tuple[list[str], list[str]]:
     if len(sentences) < CALIBRATION_SHARE:
         return sentences, sentences
     return [s for i, s in enumerate(sentences) if (i + 1) % CALIBRATION_SHARE], sentences[CALIBRATION_SHARE - 1::CALIBRATION_SHARE]
+
+
+def _short(error: ValueError) -> str:
+    """The first leaf that an error names, and how many more there are."""
+    first, *rest = str(error).splitlines()
+    return f"{rest[0]} (and {len(rest) - 1} more)" if len(rest) > 1 else first
 
 
 def _parallel(function: Callable, items: Iterable, what: str, wrap) -> dict:

@@ -211,7 +211,7 @@ def _range(row: Result, low: float = -6, high: float = 0.3, width: int = 150) ->
 def _refused(demo: Demo) -> str:
     if not demo.refused:
         return ""
-    items = [tag("li", f"<code>{html.escape(name)}</code>: {html.escape(reason.splitlines()[0])}") for name, reason in demo.refused.items()]
+    items = [tag("li", f"<code>{html.escape(name)}</code>: {html.escape(reason)}") for name, reason in demo.refused.items()]
     return f"<section><h2>Not possible on this model</h2><ul>{''.join(items)}</ul></section>"
 
 

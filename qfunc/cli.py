@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from . import _commands
+
 app = typer.Typer(name="qfunc", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Quantization for JAX: try it on a model, look at the schemes, look into checkpoints, quantize them.")
 
@@ -60,7 +62,7 @@ def demo(
     _table(heads, [[row.name, f"{row.bits:.2f}", f"{row.nbytes / 1e6:.1f}", f"{row.cosines.mean():.5f}", f"{row.cosines.min():.4f}",
                     f"{100 * row.agreement:.1f} %", *(f"{row.milliseconds[size]:.1f}" for size in found.batches)] for row in rows])
     for name, reason in found.refused.items():
-        typer.echo(f"not possible: {name}: {reason.splitlines()[0]}")
+        typer.echo(f"not possible: {name}: {reason}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(found), encoding="utf-8")
     typer.echo(f"report: {out.resolve()} ({found.machine}; {found.seconds:.0f} s)")
@@ -144,6 +146,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
         cells = [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
         typer.echo("  ".join(cells).rstrip())
 
+
+_commands.add_to(app)
 
 if __name__ == "__main__":
     main()
