@@ -34,7 +34,9 @@ def encode(w, spec: WeightSpec, perm=None) -> dict[str, jax.Array]:
     if perm is not None:
         w = jnp.take_along_axis(w, perm[..., None, :], -1)
     leaves = SCALERS[_scaler(spec)](w, spec, element)
-    scale, zero = outer_scale(leaves, spec), leaves.get("zero")
+    # bitsandbytes divides by the scales as they were before it compressed them.
+    divisor, zero = leaves.pop("divisor", None), leaves.get("zero")
+    scale = outer_scale(leaves, spec) if divisor is None else divisor
     *_, rows, columns = w.shape
     scale = _scales.spread(scale, spec.granularity, rows, columns)
     if zero is not None:
@@ -134,7 +136,7 @@ def _double(w, spec: WeightSpec, element: Code) -> dict:
     largest = usable(extreme(jnp.max, jnp.abs(blocks), -1))
     ranks = jnp.searchsorted(jnp.asarray(dynamic_map()[1:] / 2 + dynamic_map()[:-1] / 2), divide(blocks, largest[..., None]))
     codes = ranks.reshape(centred.shape)[..., : rows * groups].reshape(*batch, rows, groups)
-    return {"scale": codes.astype(jnp.uint8), "scale2": largest, "scale_offset": offset}
+    return {"scale": codes.astype(jnp.uint8), "scale2": largest, "scale_offset": offset, "divisor": usable(amax)}
 
 
 def check_spec(spec: WeightSpec) -> None:
