@@ -187,10 +187,8 @@ class QTensor:
         return describe_html(self)
 
     def __treescope_repr__(self, path, subtree_renderer):
-        from treescope import repr_lib
-        return repr_lib.render_object_constructor(
-            object_type=type(self), path=path, subtree_renderer=subtree_renderer,
-            attributes={"scheme": self.scheme.name, "shape": self.shape, "bits_per_weight": round(self.bits_per_weight, 2)})
+        from ._display import describe_treescope
+        return describe_treescope(self, path, subtree_renderer)
 
 
 
