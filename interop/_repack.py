@@ -1,8 +1,8 @@
 """Other people's packings to the canonical one, in numpy, a few rows at a time so that the intermediate steps stay in cache.
 
 Canonical 4-bit rows put the codes j and 64 + j of each block of 128 into byte j. Every common packing of nibbles is a sequence of
-32-bit words whose eight nibbles are eight consecutive codes (a low-nibble-first byte stream is one, too), so the work is always the
-same: spread the nibbles of two words over eight bytes each, and put the second below the first shifted by four.
+bytes whose two nibbles are consecutive codes, the low one first (a 32-bit word holds four such bytes), so the work is always the same:
+spread the nibbles of two bytes over two bytes each, and put the second above the first.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qfunc._pack import BLOCK, pack, packed_size
+from qfunc._pack import BLOCK, pack, packed_size, planes
 
 from ._buffers import empty
 
 TILE = 2**18
 """Bytes of output that are converted at a time."""
 
-_SPREAD = ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F))
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of an AWQ word is the column AWQ_ORDER[i] of its eight."""
 
 
-def spread(words: np.ndarray) -> np.ndarray:
-    """The eight nibbles of uint32 words as the eight bytes of uint64 words, lowest first."""
-    out = words.astype(np.uint64)
-    shifted = np.empty_like(out)
-    for shift, mask in _SPREAD:
-        np.left_shift(out, np.uint64(shift), out=shifted)
-        np.bitwise_or(out, shifted, out=out)
-        np.bitwise_and(out, np.uint64(mask), out=out)
-    return out
+def _spread(data: np.ndarray, high_first: bool) -> np.ndarray:
+    """The two nibbles of every byte as the two bytes of a uint16, the first one below."""
+    out = data.astype(np.uint16)
+    shifted = out << np.uint16(8 if high_first else 4)
+    if high_first:
+        np.right_shift(out, np.uint16(4), out=out)
+    np.bitwise_or(out, shifted, out=out)
+    return np.bitwise_and(out, np.uint16(0x0F0F), out=out)
 
 
-def join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Bytes (in uint64 words) with the nibbles of `low` below those of `high`, from uint32 words of eight nibbles."""
-    out = spread(high)
-    np.left_shift(out, np.uint64(4), out=out)
-    np.bitwise_or(out, spread(low), out=out)
-    return out
+def join(low: np.ndarray, high: np.ndarray, high_first: bool = False) -> np.ndarray:
+    """Bytes with the nibbles of `low` below those of `high`, in order: two uint8 arrays to one of uint16, two bytes in each."""
+    out, other = _spread(low, high_first), _spread(high, high_first)
+    np.left_shift(other, np.uint16(4), out=other)
+    return np.bitwise_or(out, other, out=out)
+
+
+def _bytes(words: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(words).view(np.uint8)
 
 
 def tiles(rows: int, row_bytes: int):
@@ -62,8 +63,8 @@ def _pad_tail(out: np.ndarray, columns: int, fill: int) -> None:
         tail[...] = (tail & keep) | ((fill | fill << 4) & ~keep)
 
 
-def nibble_rows(data: np.ndarray, columns: int, fill: int = 0, flip: int = 0) -> np.ndarray:
-    """Rows of nibbles, low one first, to canonical rows.
+def nibble_rows(data: np.ndarray, columns: int, fill: int = 0, flip: int = 0, high_first: bool = False) -> np.ndarray:
+    """Rows of nibbles, low one first unless `high_first`, to canonical rows.
 
     `data` uint8 [N, B], B >= columns / 2; `flip` is xor-ed to every code (8 turns two's complement into offset binary).
     """
@@ -75,8 +76,8 @@ def nibble_rows(data: np.ndarray, columns: int, fill: int = 0, flip: int = 0) ->
             whole = np.zeros((len(part), count * 64), np.uint8)
             whole[:, : min(part.shape[1], count * 64)] = part[:, : count * 64]
             part = whole
-        words = part.view(np.uint32).reshape(len(part), count, 2, 8)
-        out[rows] = join(words[:, :, 0], words[:, :, 1]).view(np.uint8).reshape(len(part), -1)
+        halves = part.reshape(len(part), count, 2, 32)
+        out[rows] = join(halves[:, :, 0], halves[:, :, 1], high_first).view(np.uint8).reshape(len(part), -1)
     return _finish(out, columns, fill, flip)
 
 
@@ -96,7 +97,7 @@ def word_columns(words: np.ndarray, columns: int, fill: int = 0) -> np.ndarray:
     for block in range(count):
         part = words[16 * block: 16 * block + 16]
         for span in tiles(outs, 64):
-            out[span, block] = join(part[:8, span], part[8:, span]).T
+            out[span, block] = join(_bytes(part[:8, span]), _bytes(part[8:, span])).view(np.uint64).T
     return _finish(out.view(np.uint8).reshape(outs, -1), columns, fill, 0)
 
 
@@ -110,7 +111,7 @@ def awq_columns(words: np.ndarray, fill: int = 0) -> np.ndarray:
         if len(part) < BLOCK:
             part = np.concatenate([part, np.zeros((BLOCK - len(part), groups), words.dtype)])
         for span in tiles(groups, 512):
-            mixed = join(part[:64, span], part[64:, span]).view(np.uint8).reshape(64, -1, 8)
+            mixed = join(_bytes(part[:64, span]), _bytes(part[64:, span])).view(np.uint8).reshape(64, -1, 8)
             out[span, AWQ_ORDER, block] = mixed.transpose(1, 2, 0)
     return _finish(out.reshape(groups * 8, -1), columns, fill, 0)
 
@@ -143,11 +144,56 @@ def byte_codes(codes: np.ndarray, bits: int, offset: int, fill: int) -> np.ndarr
 
 def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Codes out of a dense bit stream along the last axis, least significant bit first: uint32 [..., W] to uint8 [..., count]."""
-    index = np.arange(count) * bits
-    word, shift = index // 32, (index % 32).astype(np.uint64)
-    padded = np.concatenate([words, np.zeros((*words.shape[:-1], 1), words.dtype)], -1).astype(np.uint64)
-    both = padded[..., :-1] | (padded[..., 1:] << np.uint64(32))
-    return ((both[..., word] >> shift) & np.uint64(2**bits - 1)).astype(np.uint8)
+    groups = -(-count // 32)
+    if words.shape[-1] < groups * bits:
+        words = np.concatenate([words, np.zeros((*words.shape[:-1], groups * bits - words.shape[-1]), words.dtype)], -1)
+    part = words[..., : groups * bits].reshape(*words.shape[:-1], groups, bits)
+    out = np.empty((*words.shape[:-1], groups, 32), np.uint8)
+    for j in range(32):
+        word, shift = divmod(j * bits, 32)
+        code = part[..., word] >> np.uint32(shift)
+        if shift + bits > 32:
+            code |= part[..., word + 1] << np.uint32(32 - shift)
+        out[..., j] = code & np.uint32(2**bits - 1)
+    return out.reshape(*words.shape[:-1], -1)[..., :count]
+
+
+def column_stream(words: np.ndarray, bits: int, columns: int, order: np.ndarray | None = None, fill: int = 0) -> np.ndarray:
+    """GPTQ's packing of any width to canonical rows (bytes for 8 bits): a bit stream along the first axis, uint32 [K b / 32, N].
+
+    `order` int [K]: the order in which the inputs are to be stored.
+    """
+    outs, count = words.shape[1], _blocks(columns)
+    order = np.arange(columns) if order is None else order
+    wide = BLOCK if bits == 8 else 16 * bits
+    out = empty((outs, columns if bits == 8 else count * wide), np.uint8)
+    for block in range(count):
+        inputs = order[BLOCK * block: BLOCK * block + BLOCK] * bits
+        word, shift = inputs // 32, (inputs % 32).astype(np.uint32)[:, None]
+        split = np.flatnonzero(shift[:, 0] + bits > 32)
+        for span in tiles(outs, 4 * BLOCK):
+            codes = words[word, span] >> shift
+            if split.size:
+                codes[split] |= words[word[split] + 1, span] << (np.uint32(32) - shift[split])
+            codes = codes.astype(np.uint8)
+            np.bitwise_and(codes, np.uint8(2**bits - 1), out=codes)
+            if len(codes) < BLOCK and bits < 8:
+                codes = np.concatenate([codes, np.full((BLOCK - len(codes), codes.shape[1]), fill, np.uint8)])
+            packed = codes if bits == 8 else _pack_down(codes, bits)
+            out[span, wide * block: wide * block + len(packed)] = packed.T
+    return out
+
+
+def _pack_down(codes: np.ndarray, bits: int) -> np.ndarray:
+    """`qfunc._pack.pack` of one block of 128 codes along the first axis: uint8 [128, N] to [16 b, N]."""
+    parts = []
+    for width, low, _ in planes(bits):
+        digits = ((codes >> np.uint8(low)) & np.uint8(2**width - 1)).reshape(8 // width, 16 * width, -1)
+        byte = digits[0]
+        for i in range(1, 8 // width):
+            byte = byte | (digits[i] << np.uint8(i * width))
+        parts.append(byte)
+    return np.concatenate(parts)
 
 
 def padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -107,7 +107,7 @@ def four_bit_layer(parts: Parts) -> Layer:
 
     def codes():
         flat = np.frombuffer(weight.read().tobytes(), np.uint8) if weight.dtype != "U8" else weight.read().reshape(-1)
-        return nibble_rows(((flat >> 4) | (flat << 4)).reshape(outs, ins // 2), ins, fill_of(code))
+        return nibble_rows(flat.reshape(outs, ins // 2), ins, fill_of(code), high_first=True)
     readers["codes"] = codes
     return Layer(parts.module, named(spec), (ins, outs), lambda: common.run(readers), extras, parts.all,
                  dtype=str(state.get("dtype", "")).removeprefix("torch.") or None)

@@ -19,7 +19,7 @@ from qfunc._spec import CHANNEL, WeightSpec, group
 from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import KINDS, SCALES, Layer, Parts, fill_of, value
-from ._repack import by_rows, stream, word_columns
+from ._repack import column_stream, stream, word_columns
 
 BITS = (2, 3, 4, 8)
 
@@ -103,15 +103,10 @@ def packed_layer(config: Settings, parts: Parts) -> Layer:
 
 
 def _codes(words: np.ndarray, bits: int, ins: int, order, code: str) -> np.ndarray:
-    fill = fill_of(code)
     if order is None and bits == 4:
-        return word_columns(words, ins, fill)
-
-    def unpack(rows):
-        codes = stream(np.ascontiguousarray(rows), bits, ins)
-        return codes if order is None else codes[:, order]
-    codes = by_rows(words.T, unpack, bits, ins, fill)
-    return (codes ^ np.uint8(128)).view(np.int8) if code == "int8" else codes
+        return word_columns(words, ins, fill_of(code))
+    codes = column_stream(words, bits, ins, order, fill_of(code))
+    return np.bitwise_xor(codes, np.uint8(128), out=codes).view(np.int8) if code == "int8" else codes
 
 
 def _order(parts: Parts, ins: int, size: int, groups: int) -> np.ndarray | None:
