@@ -4,6 +4,7 @@
 implementation; `prepare` lays packed weights out for a backend; `export_checks` lists what `jax.export` must be told.
 """
 
+from . import cpu as cpu
 from ._activation import quantize_activation as quantize_activation
 from ._dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from ._dispatch import FallbackWarning as FallbackWarning

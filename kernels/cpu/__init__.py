@@ -1,0 +1,12 @@
+"""The native implementation on CPUs: C++ kernels behind XLA's FFI, on XLA's own threads.
+
+Importing this registers it in the table of lowerings; the library itself is loaded when a call first asks for it. Where the package was
+installed without a C++ compiler every call is refused with that reason, and the reference runs.
+"""
+
+from .._dispatch import Implementation, register
+from . import _lowering
+
+PLATFORMS = ("cpu",)
+for _primitive, _run in _lowering.RUN.items():
+    register(_primitive, Implementation("native", PLATFORMS, _lowering.supports, _run))

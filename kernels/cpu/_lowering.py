@@ -1,0 +1,168 @@
+"""From a `Call` to the FFI handlers: what the native kernels support, and how they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfunc._codes import code
+
+from .. import _reference
+from .._dispatch import Call
+from . import _library
+from ._activation import CODES, GIVEN, GROUP, NONE, TOKEN, Side, bounds, group_of, is_integer, mode, outliers, side
+from ._operands import FLOATS, refusal, weight_operands
+
+SMALL = ("smooth", "perm", "input_scale", "input_zero")
+"""Leaves that belong to the activation's side."""
+
+
+def supports(call: Call, platform: str) -> str | None:
+    """None, or why the native kernels cannot run this call."""
+    _, missing = _library.load()
+    if missing is not None:
+        return missing
+    return _SUPPORTS[call.primitive](call)
+
+
+def _supports_quantize(call: Call) -> str | None:
+    spec = call.spec
+    if not code(spec.code).integer or spec.zero is not None or spec.rounding != "rne" or spec.scale_rule != "amax":
+        return f"activations in {spec.code} with these rules are quantized by XLA"
+    if spec.granularity.kind == "tensor":
+        return "one scale for the whole tensor is found by XLA"
+    return _float_reason("x", call.x[0])
+
+
+def _supports_matmul(call: Call) -> str | None:
+    w, spec = call.w, call.spec
+    reason = refusal(w) or (None if call.quantized else _float_reason("x", call.x[0]))
+    reason = reason or (_float_reason("bias", call.bias) if call.bias is not None else None)
+    if reason is not None:
+        return reason
+    if str(np.dtype(call.out_dtype)) not in FLOATS:
+        return f"a result of type {np.dtype(call.out_dtype)}"
+    if not is_integer(spec, w):
+        return None
+    columns, granularity = w.matrix_shape[-2], w.scheme.weight.granularity
+    groups = [group_of(spec, columns), granularity.size if granularity.kind in ("group", "block") else columns]
+    odd = [g for g in groups if g < columns and g % 4]
+    if odd:
+        return f"integer groups of {odd[0]}, which is not a multiple of 4"
+    if groups[0] < columns and spec.zero is not None:
+        return "zero points for groups of the activation"
+    return None
+
+
+def _float_reason(name: str, value) -> str | None:
+    return None if str(np.dtype(value.dtype)) in FLOATS else f"{name} of type {value.dtype}"
+
+
+_SUPPORTS = {"quantized_matmul": _supports_matmul, "quantized_grouped_matmul": _supports_matmul, "quantize_activation": _supports_quantize}
+
+
+def _small(w):
+    return {name: leaf for name in SMALL if (leaf := getattr(w, name)) is not None}
+
+
+def matmul(call: Call, *operands):
+    """`quantized_matmul`: see `qfunc.kernels._reference.matmul`."""
+    x, w, _, bias = call.split(operands)
+    w = w.canonical
+    spec, scope, how = call.spec, call.scope - call.batch, mode(call.spec, w, call.quantized)
+    if spec is not None and spec.outlier_threshold is not None and not call.quantized:
+        return _with_outliers(call, x[0], w, bias)
+
+    def prepare(x, small):
+        return side(spec, dataclasses.replace(w, **small), x, scope, how)
+
+    for _ in range(call.batch):
+        prepare = jax.vmap(prepare)
+    return _product(call, prepare(x, _small(w)), w, None, bias, spec, how, call.out_dtype).reshape(*x[0].shape[:-1], w.matrix_shape[-1])
+
+
+def grouped_matmul(call: Call, *operands):
+    """`quantized_grouped_matmul`: see `qfunc.kernels._reference.grouped_matmul`."""
+    x, w, sizes, bias = call.split(operands)
+    w = w.canonical
+    spec, how, experts = call.spec, mode(call.spec, w, call.quantized), sizes.shape[0]
+    rows = jnp.arange(x[0].shape[0])
+    ends = jnp.cumsum(sizes)
+    owner = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), experts - 1)
+    valid = (rows < ends[-1])[:, None]
+    shared = spec is not None and (spec.granularity.kind == "tensor" or spec.outer == "tensor" or spec.outlier_threshold is not None)
+    if len(x) == 1 and shared:
+        x = (jnp.where(valid, x[0].astype(jnp.float32), 0),)         # scales over an expert's rows must not see what is not its own
+    product = functools.partial(_product, call, w=w, sizes=sizes)
+    if spec is not None and spec.outlier_threshold is not None and len(x) == 1:
+        value = x[0] if w.smooth is None else x[0] * w.smooth.astype(jnp.float32)[owner]
+        plain = dataclasses.replace(w, smooth=None)
+        mask = outliers(spec, value, 0, owner, experts)
+        regular = side(spec, plain, (jnp.where(mask, 0, value),), 0, how, owner)
+        irregular = side(None, plain, (jnp.where(mask, value, 0),), 0, NONE, owner)
+        y = product(regular, bias=None, spec=spec, how=how, out=jnp.float32)
+        return (y + product(irregular, bias=bias, spec=None, how=NONE, out=jnp.float32)).astype(call.out_dtype)
+    scales = None
+    if len(x) == 1 and spec is not None:
+        value = x[0].astype(jnp.float32)
+        if w.smooth is not None:
+            value = value * w.smooth.astype(jnp.float32)[owner]
+        scales = _reference._expert_scales(value, spec, w, sizes, owner)
+    return product(side(spec, w, x, 0, how, owner, scales), bias=bias, spec=spec, how=how, out=call.out_dtype)
+
+
+def _with_outliers(call: Call, x, w, bias):
+    spec, how = call.spec, mode(call.spec, w, False)
+    scope = call.scope - call.batch
+
+    def prepare(x, small):
+        own = dataclasses.replace(w, **small)
+        value = x.astype(jnp.float32)
+        if own.smooth is not None:
+            value = value * own.smooth.astype(jnp.float32)
+        mask, plain = outliers(spec, value, scope), dataclasses.replace(own, smooth=None)
+        return side(spec, plain, (jnp.where(mask, 0, value),), scope, how), side(None, plain, (jnp.where(mask, value, 0),), scope, NONE)
+
+    for _ in range(call.batch):
+        prepare = jax.vmap(prepare)
+    regular, irregular = prepare(x, _small(w))
+    y = _product(call, regular, w, None, None, spec, how, jnp.float32) + _product(call, irregular, w, None, bias, None, NONE, jnp.float32)
+    return y.astype(call.out_dtype).reshape(*x.shape[:-1], w.matrix_shape[-1])
+
+
+def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out):
+    """The handler on x [*batch, M, K]: y [B, M, N], or [T, N] for experts."""
+    *batch, columns, rows = w.matrix_shape
+    count = int(np.prod(batch))
+    leading = 1 if sizes is not None else count
+    x = part.x.reshape(leading, -1, columns)
+    low, high = bounds(spec, w)
+    operands, attributes = weight_operands(w)
+    empty = jnp.zeros(0, jnp.float32)
+    bias = empty if bias is None else bias.reshape(count, rows)
+    y = jax.ffi.ffi_call("qfunc_matmul", jax.ShapeDtypeStruct((leading, x.shape[1], rows), out))(
+        x, part.scale if how in (CODES, GIVEN) else empty, empty if part.zero is None else part.zero, *operands, bias,
+        empty if sizes is None else sizes, **attributes, mode=np.int32(how), x_group=np.int64(group_of(spec, columns)),
+        clip=np.float32(spec.clip if spec is not None else 1), lowest=np.float32(low), highest=np.float32(high))
+    return y[0] if sizes is not None else y
+
+
+def quantize_activation(call: Call, x, *extra):
+    """`quantize_activation` of dynamic integer activations: [codes, scale]."""
+    spec, columns = call.spec, x.shape[-1]
+    group = group_of(spec, columns)
+    rows, steps = int(np.prod(x.shape[:-1])), -(-columns // group) if columns else 1
+    high = code(spec.code).highest
+    empty = jnp.zeros(0, jnp.float32)
+    results = jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
+    codes, scale = jax.ffi.ffi_call("qfunc_quantize", results)(
+        x.reshape(rows, columns), empty, empty, mode=np.int32(GROUP if spec.granularity.kind == "group" else TOKEN),
+        x_group=np.int64(group), clip=np.float32(spec.clip), lowest=np.float32(-high), highest=np.float32(high))
+    return [codes.reshape(x.shape), scale.reshape(*x.shape[:-1], steps)]
+
+
+RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": grouped_matmul, "quantize_activation": quantize_activation}

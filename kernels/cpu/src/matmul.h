@@ -1,0 +1,47 @@
+// Quantized products as the FFI handlers ask for them; knows nothing of XLA.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace qfunc {
+
+// A stack of matrices of equal form. `first` describes matrix 0; the steps lead to the next one, in bytes or in elements.
+struct Matrices {
+  Weight first;
+  int64_t count;
+  int64_t code_bytes, scale_bytes, zero_bytes;
+  int64_t outer_items;
+  const float* nested_means;  // one for each matrix, or null
+  const void* bias;           // [count, n], or null
+  Number bias_type;
+  Weight at(int64_t i) const;
+};
+
+struct Activation {
+  const void* x;  // [rows, k], of `type`; int8 codes where mode is Codes
+  Number type;
+  Quantize mode;
+  const float* scale;   // [rows, scale_step] for Codes, [rows] for Given
+  const int32_t* zero;  // [rows] or null
+  int64_t scale_step;
+  int64_t group;        // codes under one activation scale
+  float clip, lowest, highest;
+};
+
+// Rows [row, row + rows) of x meet matrix `matrix`.
+struct Slice {
+  int64_t row, rows, matrix;
+};
+
+void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices, const Activation& activation,
+              const std::vector<Slice>& slices, void* y, Number y_type);
+
+// Rows `ids` of a matrix as float32 [ids, k]; every id is in [0, n).
+void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32_t* ids, int64_t count, float* out);
+
+// codes [rows, k] and scale [rows, ceil(k / group)] of x.
+void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, int8_t* codes, float* scale);
+
+}  // namespace qfunc

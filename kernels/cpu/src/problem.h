@@ -1,0 +1,70 @@
+// What a quantized matmul is, as plain data: the only language between the FFI handlers, the scheduler and the kernels.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace qfunc {
+
+constexpr int64_t kBlock = 128;  // codes of one packed block along K
+
+enum class Code : int32_t { Int8, UInt8, Packed, Table4, E2M3, E3M2, E4M3, E5M2 };
+enum class Number : int32_t { None, F32, F16, BF16, E4M3, E8M0, UInt8, Nested };
+enum class Zero : int32_t { None, Int, Float };
+enum class Input : int32_t { F32, BF16, F16, Int8 };
+// Where an integer activation's codes and scales come from.
+enum class Quantize : int32_t { None, Codes, Token, Group, Given };
+
+// One matrix [N, K] as stored. Segment: `group` consecutive codes of a row that share a scale (all of K when per channel).
+struct Weight {
+  const uint8_t* codes;
+  int64_t row_bytes;
+  int64_t n, k;
+  Code code;
+  int32_t bits;
+  int32_t offset;  // stored code of the value 0
+  const float* table;  // values of 16 codes (Table4), or of the 32 magnitudes (E2M3, E3M2)
+  const void* scale;
+  Number scale_type;
+  int64_t segments;    // scales in a row
+  int64_t group;       // codes in a segment
+  int64_t share;       // consecutive rows that share a row of scales; 0: all of them
+  const float* outer;  // second level, or null
+  int64_t outer_step;  // 1: one per row, 0: one for all; blocks of 256 scales when Nested
+  float nested_mean;
+  const float* nested_map;
+  const void* zero;
+  Zero zero_kind;
+  int64_t lowbits() const { return code == Code::Int8 || code == Code::UInt8 || code == Code::E4M3 || code == Code::E5M2 ? 8 : bits; }
+  bool packed() const { return lowbits() < 8; }
+};
+
+// Float outputs of every kernel go through this.
+struct Output {
+  void* y;  // [rows, n]
+  Number type;
+  const void* bias;  // [n] of bias_type or null
+  Number bias_type;
+  int64_t n;
+};
+
+// The activation of one product as the kernels read it; made by the packers.
+// Rows [rows, kp] (decode path), or panels of `width` rows, [kp, width] or [kp / 4, width, 4] (prefill path); kp is K rounded up to blocks.
+struct Packed {
+  const float* f32;
+  const int8_t* i8;
+  const int32_t* sums;   // sum of the codes of each segment: [rows, segments, lanes] or [panel, segments, width]
+  const float* scale;    // [rows, scale_step] or [panel, scale_step, width]
+  const int32_t* zero;   // [rows] or [panel, width], or null
+  int64_t scale_step;    // activation scales in a row
+  int64_t scale_group;   // codes under one of them
+  int64_t rows, kp, sum_segments;
+};
+
+struct Product {
+  const Weight* w;
+  Packed x;
+  Output out;
+  int64_t segment;  // integer products: length of the common segments
+};
+
+}  // namespace qfunc
