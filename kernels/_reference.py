@@ -144,7 +144,7 @@ def _exact_terms(x, w) -> int:
 
 def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, owner, limit: int):
     """Sum over segments of (codes @ weight in int32) * scales in float32; no segment is longer than `limit`."""
-    values = q.codes if q.zero is None else q.codes.astype(jnp.int32) - _wide(q.zero, columns, spec)
+    values = q.codes
     if values.dtype != weight.dtype:
         values, weight = values.astype(jnp.int32), weight.astype(jnp.int32)
     own = spec.granularity.size if spec.granularity.kind == "group" else columns
@@ -154,13 +154,21 @@ def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, ow
     def per_row(scales):                        # [..., N] of each row's expert where there are experts
         return scales[owner] if owner is not None else scales
 
+    def total(values, weight, zero):
+        # The zero point of x comes off the sum, which wraps as int32 does and ends exact: int8 products are the fast ones.
+        part = dot(values, weight, jnp.int32)
+        if zero is not None:
+            part = part - zero * per_row(weight.astype(jnp.int32).sum(-1))
+        return part.astype(jnp.float32)
+
     if count == 1:
-        return dot(values, weight, jnp.int32).astype(jnp.float32) * q.scale * per_row(scale[..., 0])
+        return total(values, weight, q.zero) * q.scale * per_row(scale[..., 0])
     values, weight = _segments(values, count, segment), _segments(weight, count, segment)
     steps = jnp.arange(count)
 
     def step(y, s):
-        part = dot(values[s], weight[s], jnp.int32).astype(jnp.float32) * per_row(scale[..., s * segment // group])
+        zero = q.zero if q.zero is None or spec.granularity.kind != "group" else q.zero[..., s * segment // own, None]
+        part = total(values[s], weight[s], zero) * per_row(scale[..., s * segment // group])
         if spec.granularity.kind == "group":
             part = part * q.scale[..., s * segment // own, None]
         return y + part, None
@@ -173,10 +181,6 @@ def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, ow
 def _segments(x, count: int, segment: int):
     pad = [(0, 0)] * (x.ndim - 1) + [(0, count * segment - x.shape[-1])]
     return rearrange(jnp.pad(x, pad), "... (s c) -> s ... c", s=count)
-
-
-def _wide(zero, columns: int, spec):
-    return jnp.repeat(zero, spec.granularity.size, -1)[..., :columns] if spec.granularity.kind == "group" else zero
 
 
 def _grouped(spec, x: tuple, w: QTensor, sizes, owner, valid):
