@@ -4,6 +4,9 @@ Importing this registers it in the table of lowerings; the library itself is loa
 installed without a C++ compiler every call is refused with that reason, and the reference runs.
 """
 
+from .. import _activation as _activation  # the references must be in the table first: what is registered later is preferred
+from .. import _grouped as _grouped
+from .. import _matmul as _matmul
 from .._dispatch import Implementation, register
 from . import _lowering
 
