@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def inputs(parts: Parts, activation: ActivationSpec | None, invert: bool = False
     out: dict[str, Callable[[], np.ndarray]] = {}
     if scale in parts:
         read = number(parts, scale)
-        out["input_scale"] = (lambda: np.float32(1) / read()) if invert else read
+        out["input_scale"] = partial(_inverse, parts, scale, read) if invert else read
     elif activation is not None and activation.mode == "static":
         raise parts.fail(scale, "the scale of a static activation", "none")
     if zero in parts:
@@ -53,6 +54,13 @@ def inputs(parts: Parts, activation: ActivationSpec | None, invert: bool = False
     elif activation is not None and activation.mode == "static" and activation.zero == "int":
         raise parts.fail(zero, "the zero point of an asymmetric activation", "none")
     return out
+
+
+def _inverse(parts: Parts, name: str, read) -> np.ndarray:
+    array = read()
+    if not array.all():
+        raise parts.fail(name, "a divisor that is not 0", "0")
+    return np.float32(1) / array
 
 
 def _zero_check(parts: Parts, name: str, read):
@@ -164,12 +172,7 @@ def nv_layer(parts: Parts, weight: str, outer: str, inner: str, activation: Acti
         raise parts.fail(weight, "a number of inputs that 16 divides", ins)
     _, read_scale = scale_reader(parts, inner, group(16), outs, ins, ("F8_E4M3",))
     read_outer = number(parts, outer)
-
-    def scale2():
-        array = read_outer()
-        if invert and not array.all():
-            raise parts.fail(outer, "a divisor that is not 0", "0")
-        return np.float32(1) / array if invert else array
+    scale2 = partial(_inverse, parts, outer, read_outer) if invert else read_outer
     return finish(parts, named(NV_WEIGHT, activation), outs, ins,
                   {"codes": lambda: nibble_rows(tensor.read().view(np.uint8), ins), "scale": read_scale, "scale2": scale2, **readers})
 

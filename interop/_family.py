@@ -12,7 +12,6 @@ from ._plan import Layer, Parts
 from ._refuse import integer, refuse
 from .safetensors import Files
 
-
 REQUIRED = object()
 
 

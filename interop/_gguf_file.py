@@ -215,7 +215,7 @@ class GgufFiles:
                     raise refuse(part.path, f"tensor {tensor.name!r}", "one tensor of its name", "another in an earlier part")
                 self.tensors[tensor.name] = tensor
         total = first.metadata.get("split.tensors.count", len(self.tensors))
-        if total != len(self.tensors):
+        if isinstance(total, int) and total != len(self.tensors):
             raise refuse(first.path, "split.tensors.count", f"{len(self.tensors)} tensors, as the parts have", total)
 
     @property

@@ -75,9 +75,9 @@ def permuted_heads(name: str, architecture: str, metadata: dict) -> int | None:
 
 
 def number(metadata: dict, key: str, default=None):
-    """A scalar of the metadata, None where it is an array (one number per layer)."""
+    """A number of the metadata; `default` where there is none, or one per layer, or something else."""
     value = metadata.get(key, default)
-    return default if isinstance(value, list | np.ndarray) else value
+    return value if isinstance(value, int | float) else default
 
 
 def to_hugging_face(rows, heads: int):
@@ -113,15 +113,17 @@ def config(metadata: dict, architecture: str, tensors: dict) -> dict:
     if architecture == "llama" and out.get("num_experts"):
         out["model_type"], out["num_local_experts"] = "mixtral", out.pop("num_experts")
     if architecture in ("qwen3moe", "qwen2moe"):
-        out["norm_topk_prob"] = bool(metadata.get(f"{architecture}.expert_weights_norm", architecture == "qwen3moe"))
+        out["norm_topk_prob"] = bool(number(metadata, f"{architecture}.expert_weights_norm", architecture == "qwen3moe"))
     for key, name in _IDS.items():
         if f"tokenizer.ggml.{key}" in metadata:
             out[name] = metadata[f"tokenizer.ggml.{key}"]
     embedding = tensors.get("token_embd.weight")
     if embedding is not None:
         out["vocab_size"] = embedding.shape[0]
-    if architecture == "llama" and "head_dim" not in out and out.get("num_attention_heads"):
-        out["head_dim"] = number(metadata, f"{architecture}.rope.dimension_count") or out["hidden_size"] // out["num_attention_heads"]
+    if architecture == "llama" and "head_dim" not in out:
+        width, heads = (number(metadata, f"llama.{key}", 0) for key in ("embedding_length", "attention.head_count"))
+        found = number(metadata, "llama.rope.dimension_count") or (width // heads if heads else None)
+        out |= {"head_dim": found} if found else {}
     out["tie_word_embeddings"] = "output.weight" not in tensors
     out["attention_bias"] = any(name.endswith("attn_q.bias") for name in tensors)
     scaling = {k.rpartition(".")[2]: v for k, v in metadata.items() if k.startswith(f"{architecture}.rope.scaling.")}

@@ -258,7 +258,7 @@ def build(plan: Plan, dtype: str, place: Callable, progress: bool | None, dequan
     """Build all leaves of a plan as nested dicts; `place(path, leaf)` puts a leaf of numpy arrays on its devices."""
     params: dict = {}
     done = _in_threads(plan.leaves, lambda leaf: _finish(leaf, dtype, place, dequantize))
-    for leaf, value in track(done, "load", progress, lambda item: item[0].name) if progress is not False else done:
+    for leaf, value in track(done, "load", progress, lambda item: item[0].name):
         if value is None:
             continue
         node = params

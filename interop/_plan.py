@@ -143,8 +143,16 @@ def scale_reader(parts: Parts, name: str, grain: Granularity, outs: int, ins: in
 def number(parts: Parts, name: str, dtypes=(*SCALES, "F64"), integer: bool = False):
     """Check a tensor of one number and return a function that reads it as float32 (or int32) [1, 1]."""
     tensor = parts.take(name, dtypes, [(), (1,), (1, 1)])
-    kind = np.int32 if integer else np.float32
-    return lambda: value(parts, name, tensor).astype(kind).reshape(1, 1)
+
+    def read() -> np.ndarray:
+        array = value(parts, name, tensor).reshape(1, 1)
+        if not integer:
+            return array.astype(np.float32)
+        found = float(array[0, 0])
+        if not found.is_integer() or abs(found) >= 2**31:
+            raise parts.fail(name, "a whole number", found)
+        return array.astype(np.int32)
+    return read
 
 
 def fill_of(code: str) -> int:

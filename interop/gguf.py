@@ -44,7 +44,7 @@ def plan_gguf(files: GgufFiles) -> tuple[Plan, dict]:
     if not isinstance(architecture, str):
         raise refuse(files.path, "general.architecture", "a string", repr(architecture))
     plan = Plan()
-    experts = bool(files.metadata.get(f"{architecture}.expert_count"))
+    experts = bool(names.number(files.metadata, f"{architecture}.expert_count"))
     if architecture not in names.PERMUTED | names.PLAIN:
         plan.notes.append(f"architecture {architecture!r}: whether its q and k rows are permuted is not known; they are left as they lie")
     unnamed = []
