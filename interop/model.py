@@ -134,6 +134,10 @@ def _quantized(path: Path, rules, progress: bool | None) -> Checkpoint:
             node = node.setdefault(key, {})
         node[leaf.path[-1]] = Lazy(leaf)
     rules = ONLINE.get(rules, rules) if isinstance(rules, str) else rules
+    try:
+        tree = adapt(tree, model_config(source.config))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     params = quantize_params(tree, rules, progress=progress)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)) if isinstance(leaf, Lazy) else leaf, params)
     schemes = {}

@@ -84,6 +84,27 @@ def test_logits_equal_transformers(case, tmp_path):
     assert int(cache["length"]) == 12
 
 
+def test_experts_in_one_tensor_are_quantized(tmp_path):
+    name, fields = CASES["gpt_oss"]
+    fields = {**fields, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**fields, attn_implementation="eager")).eval().float()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn_like(value) * 0.2)
+    model.save_pretrained(tmp_path)
+    packed = qfunc.load_model(tmp_path, dtype="float32", quantize={"*/experts/*kernel": "mxfp4_a16"})
+    experts = packed.params["model"]["layers"]["0"]["mlp"]["experts"]
+    assert experts["gate_up_proj"]["kernel"].scheme.name == "mxfp4_a16" and experts["down_proj"]["bias"].shape == (4, 64)
+    with torch.no_grad():
+        for layer, own in zip(model.model.layers, packed.params["model"]["layers"].values(), strict=True):
+            for part in ("gate_up_proj", "down_proj"):
+                decoded = own["mlp"]["experts"][part]["kernel"].dequantize("float32")
+                getattr(layer.mlp.experts, part).copy_(torch.tensor(np.asarray(decoded)))
+        ids = np.random.default_rng(0).integers(3, 96, (2, 9))
+        np.testing.assert_allclose(packed(ids), model(torch.tensor(ids)).logits.numpy(), atol=1e-4)
+
+
 def test_every_family_has_a_test():
     assert {case.split("-")[0] for case in CASES} == set(FAMILIES)
 

@@ -190,6 +190,21 @@ def test_experts_of_different_schemes_give_the_numbers_of_a_stack(moe):
     np.testing.assert_allclose(Model(apart, plain.config)(IDS), stacked(IDS), atol=1e-5)
 
 
+ONLINE = ("w8a8_int8", "w8a8_fp8", "fp8", "mxfp8", "awq", "gptq", "awq_marlin", "gptq_marlin", "bitsandbytes", "modelopt", "modelopt_fp8",
+          "modelopt_fp4", "petit_nvfp4", "nvfp4_online", "blockwise_int8", "qoq", "quark_int4fp8_moe", "quark_mxfp4", "auto-round-int8",
+          "int8wo", "int8dq", "int4wo-32", "int4wo-64", "int4wo-128", "int4wo-256", "fp8wo", "fp8dq-per_tensor", "fp8dq-per_row")
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_every_online_name_is_a_rule(name):
+    from qfunc.interop.model import ONLINE as RULES
+    shapes = {"mlp": {"experts": {"up_proj": {"kernel": jax.ShapeDtypeStruct((2, 256, 256), jnp.float32)}},
+                      "gate": {"kernel": jax.ShapeDtypeStruct((256, 2), jnp.float32)}}}
+    packed = jax.eval_shape(lambda params: qfunc.quantize(params, RULES.get(name, name), check=False, progress=False), shapes)
+    assert isinstance(packed["mlp"]["experts"]["up_proj"]["kernel"], qfunc.QTensor)
+    assert not isinstance(packed["mlp"]["gate"]["kernel"], qfunc.QTensor)
+
+
 SLICE = ("ct-w8a8-int8-dynamic", "ct-moe-w4a8-int", "modelslim-quarot-online-w4a4", "modelslim-w8a8c8", "gguf-q4_k_m",
          "gptqmodel-4bit-g32-asym")
 
