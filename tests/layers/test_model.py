@@ -12,6 +12,9 @@ from qfunc.layers.families import model_config
 from qfunc.layers.generate import sample
 from qfunc.layers.model import Model
 
+# Which kernel runs is not the matter here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* runs on 'reference'")
+
 CONFIG = {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64, "eos_token_id": 0,
           "torch_dtype": "float32", "tie_word_embeddings": False}
