@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 import qfunc
@@ -132,16 +131,3 @@ def self_attention(params: Mapping, x, positions, cache: Mapping | None, config:
     mask = causal_mask(positions, k.shape[1], window)
     mixed = grouped_attention(q, k, v, mask, scale=config.attention_scale, softcap=config.softcap, sinks=params.get("sinks"))
     return row_linear(params["o_proj"], mixed.reshape(batch, tokens, -1), config.axis), None if cache is None else kept
-
-
-def stacked_layers(params: Mapping) -> Any:
-    """The layers of a model as one pytree with a leading axis, for functions that scan over them.
-
-    Raises: ValueError where layers differ in structure, scheme or shape, naming the first that does.
-    """
-    layers = params["model"]["layers"]
-    first = layers["0"]
-    for index in range(1, len(layers)):
-        if jax.tree.structure(layers[str(index)]) != jax.tree.structure(first):
-            raise ValueError(f"model/layers/{index} differs from model/layers/0 in its leaves or schemes")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(len(layers))))
