@@ -17,7 +17,7 @@ from qfunc._spec import Scheme
 from ._detect import quantization
 from ._family import Config, Family, Source
 from ._load import Plan, build, make_plan, placer
-from ._refuse import read_json, refuse
+from ._refuse import folder_json, refuse
 from .native import INDEX
 from .safetensors import File, Files, open_folder
 
@@ -138,7 +138,7 @@ def open_source(path: Path) -> tuple[Family | None, Source]:
         folder, files = path, open_folder(path)
     else:
         folder, files = path.parent, Files([File(path)])
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = folder_json(folder, "config.json") or {}
     family, quant = quantization(folder, config)
     return family, Source(folder, config, quant or Config({}, folder), files)
 

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 from ._family import Config, Family
-from ._refuse import read_json, refuse
+from ._refuse import folder_json, refuse
 
 # quant_method in lower case, to the module of its reader.
 METHODS = {
@@ -34,19 +34,20 @@ def quantization(folder: Path, config: dict) -> tuple[Family | None, Config | No
     if len(descriptions) > 1:
         raise refuse(folder, "", "one quant_model_description*.json", ", ".join(p.name for p in descriptions))
     if descriptions:
-        return family("modelslim"), Config(read_json(descriptions[0]), descriptions[0])
+        return family("modelslim"), Config(folder_json(folder, descriptions[0].name), descriptions[0])
     where = folder / "config.json"
     for key in ("quantization_config", "compression_config"):
         for holder in (config, config.get("text_config")):
             if isinstance(holder, dict) and holder.get(key) is not None:
                 found = Config(holder[key], where, f"{key}.")
                 return _by_method(found), found
-    if (folder / "hf_quant_config.json").exists():
-        found = Config(read_json(folder / "hf_quant_config.json"), folder / "hf_quant_config.json")
+    data = folder_json(folder, "hf_quant_config.json")
+    if data is not None:
+        found = Config(data, folder / "hf_quant_config.json")
         return family("modelopt"), found.section("quantization") or found
     for name in ("quantize_config.json", "quant_config.json"):
-        if (folder / name).exists():
-            data = read_json(folder / name)
+        data = folder_json(folder, name)
+        if data is not None:
             found = Config({"quant_method": "awq" if "w_bit" in data or "zero_point" in data else "gptq", **data}, folder / name)
             return _by_method(found), found
     return None, None

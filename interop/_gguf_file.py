@@ -28,6 +28,8 @@ STRING, ARRAY = 8, 9
 MAX_NESTING, MAX_AXES, MAX_NAME = 4, 4, 2**16
 # Bytes that one pair, one tensor record and one string take at least.
 LEAST_PAIR, LEAST_TENSOR, LEAST_STRING = 13, 32, 8
+MOST_PAIRS, MOST_TENSORS, MOST_STRINGS = 10**5, 10**6, 2**24
+"""Far above what any model has; every one of them becomes Python objects larger than its bytes."""
 INTEGER_TYPES = {26: np.int32, 27: np.int64}
 """ggml's integer types without a block decoder."""
 
@@ -83,10 +85,11 @@ class _Cursor:
         self.at += length
         return data.decode("utf-8", "replace" if limit is None else "strict")
 
-    def count(self, what: str, least: int) -> int:
+    def count(self, what: str, least: int, most: int = 2**48) -> int:
         value = self.take("Q", what)
-        if value * least > self.size - self.at:
-            raise refuse(self.path, what, f"at most {(self.size - self.at) // least}, as many as fit in the file", value)
+        most = min(most, (self.size - self.at) // least)
+        if value > most:
+            raise refuse(self.path, what, f"at most {most}", value)
         return value
 
     def value(self, kind: int, what: str, depth: int = 0):
@@ -105,7 +108,7 @@ class _Cursor:
             array = np.frombuffer(self.memory, dtype, length, self.at).copy()
             self.at += length * dtype.itemsize
             return array
-        length = self.count(what, LEAST_STRING if inner == STRING else 12)
+        length = self.count(what, LEAST_STRING if inner == STRING else 12, MOST_STRINGS)
         return [self.value(inner, what, depth + 1) for _ in range(length)]
 
 
@@ -145,7 +148,8 @@ class GgufFile:
         if version not in (2, 3):
             big = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
             raise refuse(self.path, "version", "2 or 3, little endian", "a big-endian file" if big else version)
-        count, pairs = cursor.count("number of tensors", LEAST_TENSOR), cursor.count("number of metadata pairs", LEAST_PAIR)
+        count = cursor.count("number of tensors", LEAST_TENSOR, MOST_TENSORS)
+        pairs = cursor.count("number of metadata pairs", LEAST_PAIR, MOST_PAIRS)
         self.metadata: dict = {}
         for _ in range(pairs):
             key = cursor.string("metadata key", MAX_NAME)

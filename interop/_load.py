@@ -175,6 +175,9 @@ def _add_layer(plan: Plan, members: tuple[Layer, ...], keys: tuple[str, ...]) ->
         plan.names[layer.module] = path, index if stacked else None
     if stacked:
         plan.names[".".join(keys)] = path, None
+    elif len(first.shape) == 3 and ".experts." in first.module:
+        stack, _, rest = first.module.rpartition(".experts.")
+        plan.names |= {f"{stack}.experts.{index}.{rest}": (path, index) for index in range(first.shape[0])}
     for name in first.extras:
         plan.leaves.append(Leaf((*keys, name), batch, (), read=_extra(members, name, stacked)))
 

@@ -13,6 +13,10 @@ JSON_LIMIT = 100 * 2**20
 """Bytes of JSON that are parsed at most, the limit of the safetensors format for its own header."""
 
 
+DENSE = 2**20
+"""Bytes of JSON above which its density is looked at."""
+
+
 def refuse(where, part, expected, found) -> CheckpointError:
     """The error to raise: `<file>: <part>: expected <expected>, found <found>`, long findings cut."""
     text = f"{found}"
@@ -37,6 +41,9 @@ def parse_json(data: bytes, where):
     """JSON that came from a stranger: size, nesting, duplicate keys and number lengths are bounded."""
     if len(data) > JSON_LIMIT:
         raise refuse(where, "JSON", f"at most {JSON_LIMIT} bytes", len(data))
+    if len(data) > DENSE and data.count(b"[") + data.count(b"{") > len(data) // 12:
+        # A megabyte of brackets becomes thirty of Python objects; a tensor's entry has three in 52 bytes or more.
+        raise refuse(where, "JSON", "at most one bracket in 12 bytes", "more: objects without content")
     try:
         return json.loads(data, object_pairs_hook=unique_pairs(where))
     except CheckpointError:
@@ -54,6 +61,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise refuse(path, "JSON", "an object", type(value).__name__)
     return value
+
+
+def folder_json(folder: Path, name: str) -> dict | None:
+    """The object in a JSON file of a checkpoint folder, None where there is no such file."""
+    return read_json(inside(folder, name, folder)) if (folder / name).exists() else None
 
 
 def regular_size(path: Path) -> int:

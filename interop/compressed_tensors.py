@@ -23,6 +23,8 @@ from ._plan import Layer, Parts, fill_of, scale_reader
 from ._repack import by_rows, nibble_rows, padded_words, six_bit_bytes, stream
 
 DENSE = "dense"
+EXPERTS = ("MoEGMM", "FusedMoE")
+"""Classes that exporters name as targets when they mean the experts' linears."""
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
            "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "marlin-24", DENSE)
 
@@ -49,7 +51,9 @@ class Settings:
         """The first group whose targets name the module; None where it is ignored or no group does."""
         if self.config.find(self.ignore, module, "target") is not None:
             return None
-        return next((g for g in self.groups if self.config.find(g.targets, module, "target") is not None), None)
+        classes = EXPERTS if ".experts." in module else ()
+        special = next((g for g in self.groups if any(name in g.targets for name in classes)), None)
+        return special or next((g for g in self.groups if self.config.find(g.targets, module, "target") is not None), None)
 
 
 def _preset(bits: int, kind: str, strategy: str, size: int | None = None, act: dict | None = None, symmetric: bool = True) -> dict:

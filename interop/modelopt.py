@@ -25,7 +25,7 @@ from . import _common as common
 from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import Layer, Parts, number, scale_reader
-from ._refuse import read_json
+from ._refuse import folder_json
 from ._repack import row_pairs
 
 
@@ -50,9 +50,9 @@ class Settings:
 
 def settings(source: Source) -> Settings:
     quant = source.quant
-    path = source.path / "hf_quant_config.json"
-    if path.exists():
-        quant = Config(read_json(path), path).section("quantization") or quant
+    data = folder_json(source.path, "hf_quant_config.json")
+    if data is not None:
+        quant = Config(data, source.path / "hf_quant_config.json").section("quantization") or quant
     algo = quant.choice("quant_algo", (*ALGOS, "mixed_precision"), "fp8")
     quant.strings("exclude_modules", "ignore")
     kv = quant.get("kv_cache_quant_algo")

@@ -121,6 +121,7 @@ def test_experts_of_gpt_oss(tmp_path):
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(experts, N, K)
     want = (E2M1[codes] * np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, -1)).swapaxes(1, 2)
     assert np.array_equal(dense(folder, module), want)
+    assert qfunc.load(folder).weight("model.layers.0.mlp.experts.2.gate_up_proj").shape == (K, N)
     assert np.array_equal(qfunc.load(folder).params["model"]["layers"]["0"]["mlp"]["experts"]["gate_up_proj"]["bias"], bias)
 
 
@@ -320,3 +321,11 @@ def test_both_packings_of_odd_widths(tmp_path, bits, old):
     tensors = {"weight_packed": packed, "weight_scale": np.full((8, 1), .5, np.float32), "weight_shape": np.array([8, 96])}
     folder = checkpoint(tmp_path, under(tensors), {**CT, "format": "pack-quantized", "config_groups": {"group_0": group}})
     assert np.array_equal(dense(folder).T, (q.astype(np.float32) - 2 ** (bits - 1)) / 2)
+
+
+def test_a_group_for_the_experts_class_comes_before_linear(tmp_path):
+    def group(bits, target):
+        return {"targets": [target], "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
+    config = {**CT, "config_groups": {"a": group(8, "Linear"), "b": group(4, "MoEGMM")}}
+    folder = checkpoint(tmp_path, {**under(INT8), **under(INT8, "model.layers.0.mlp.experts.0.up_proj")}, config)
+    assert sorted(s.name for s in qfunc.load(folder).schemes.values()) == ["w4a16", "w8a16"]

@@ -147,3 +147,11 @@ def test_reading_maps_and_releases(tmp_path):
     first = file.tensors["a"].read()
     file.release(file.tensors.values())
     assert np.array_equal(first, tensors["a"])
+
+
+def test_brackets_without_content_are_refused_before_they_are_parsed(tmp_path):
+    path = write_file(tmp_path / "a.safetensors", b'{"a":[' + b"[]," * 2**20 + b"[]]}", b"")
+    start = time.time()
+    with pytest.raises(CheckpointError, match="bracket"):
+        File(path)
+    assert time.time() - start < 1
