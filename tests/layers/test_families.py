@@ -84,6 +84,20 @@ def test_logits_equal_transformers(case, tmp_path):
     assert int(cache["length"]) == 12
 
 
+def test_latent_rows_in_a_quantized_cache(tmp_path):
+    _, params, config = build("deepseek_v2", tmp_path)
+    ids = np.random.default_rng(1).integers(3, 96, (2, 8))
+    plain, _ = apply(params, ids, None, config)
+    config = config.replace(cache="fp8_e4m3_token")
+    run = jax.jit(apply, static_argnums=3, donate_argnums=2)
+    whole, _ = run(params, ids, None, config)
+    assert 0 < np.linalg.norm(whole - plain) / np.linalg.norm(plain) < 0.06
+    first, cache = run(params, ids[:, :7], init_cache(config, 2, 8), config)
+    last, cache = run(params, ids[:, 7:], cache, config)
+    np.testing.assert_allclose(np.concatenate([first, last], 1), whole, atol=1e-3)
+    assert cache["layers"][0]["k"]["codes"].dtype == jnp.float8_e4m3fn and cache["layers"][0]["v"]["codes"].dtype == jnp.float32
+
+
 def test_experts_in_one_tensor_are_quantized(tmp_path):
     name, fields = CASES["gpt_oss"]
     fields = {**fields, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}

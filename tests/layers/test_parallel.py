@@ -99,6 +99,17 @@ def test_quantized_logits(found, axis, scheme):
     assert relative(steps, one) < 2 * SCHEMES[scheme]
 
 
+def test_generation_and_texts_split_over_devices():
+    params, config = case("dense")
+    packed = qfunc.quantize(params, "w4a16_g128")
+    want = Model(packed, config).generate(IDS, max_new_tokens=4)
+    for mesh in (mesh_of(2), Mesh(np.asarray(jax.devices()[:2]).reshape(2, 1), ("data", "tp"))):
+        model = Model(place(packed, config, mesh), config, mesh=mesh)
+        np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=4), want)
+        with pytest.raises(ValueError, match="split over a mesh"):
+            model.quantize("w8a16")
+
+
 @pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16_g128"])
 def test_packed_weights_are_never_gathered(scheme):
     params, config = case("moe")
