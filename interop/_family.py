@@ -9,7 +9,7 @@ from typing import Any
 
 from ._match import RegexError, find
 from ._plan import Layer, Parts
-from ._refuse import integer, refuse
+from ._refuse import integer, refuse, short
 from .safetensors import Files
 
 REQUIRED = object()
@@ -20,13 +20,13 @@ class Config:
 
     def __init__(self, data: dict, where, prefix: str = ""):
         if not isinstance(data, dict):
-            raise refuse(where, prefix or "configuration", "an object", repr(data))
+            raise refuse(where, prefix or "configuration", "an object", short(data))
         self.data, self.where, self.prefix = data, where, prefix
         self.read: set[str] = set()
 
     def fail(self, key: str, expected: str, found=None):
         """The error for a field."""
-        return refuse(self.where, f"{self.prefix}{key}", expected, repr(self.data.get(key)) if found is None else found)
+        return refuse(self.where, f"{self.prefix}{key}", expected, short(self.data.get(key)) if found is None else found)
 
     def get(self, key: str, default=None):
         """A field as it is."""
@@ -48,7 +48,7 @@ class Config:
         allowed = list(allowed)
         lower = found.lower() if isinstance(found, str) else found
         if isinstance(found, dict | list) or not any(lower == a and isinstance(lower, bool) == isinstance(a, bool) for a in allowed):
-            raise self.fail(key, "one of " + ", ".join(map(repr, allowed)), repr(found))
+            raise self.fail(key, "one of " + ", ".join(map(repr, allowed)), short(found))
         return lower
 
     def boolean(self, key: str, default: bool = False) -> bool:
@@ -56,7 +56,7 @@ class Config:
         found = self.get(key)
         found = default if found is None else found
         if not isinstance(found, bool):
-            raise self.fail(key, "true or false", repr(found))
+            raise self.fail(key, "true or false", short(found))
         return found
 
     def integer(self, *keys: str, low: int = 0, high: int = 2**31, default=REQUIRED) -> int:
@@ -75,7 +75,7 @@ class Config:
         """A list of strings; null is the empty list."""
         found = self.first(*keys, default=[])
         if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
-            raise self.fail(keys[0], "a list of strings", repr(found))
+            raise self.fail(keys[0], "a list of strings", short(found))
         return found
 
     def section(self, key: str) -> Config | None:
@@ -89,7 +89,7 @@ class Config:
         if found is None:
             return {}
         if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
-            raise self.fail(key, "an object of objects", repr(found))
+            raise self.fail(key, "an object of objects", short(found))
         return found
 
     def find(self, entries: Iterable[str], name: str, dialect: str) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path, PurePosixPath
 
 from qfunc._errors import CheckpointError
 
-JSON_LIMIT = 100 * 2**20
-"""Bytes of JSON that are parsed at most, the limit of the safetensors format for its own header."""
+JSON_LIMIT = 48 * 2**20
+"""Bytes of JSON that are parsed at most: the header of half a million tensors. (The safetensors format itself allows 100 MB.)"""
 
 
 DENSE = 2**20
@@ -44,12 +46,17 @@ def parse_json(data: bytes, where):
     if len(data) > DENSE and data.count(b"[") + data.count(b"{") > len(data) // 12:
         # A megabyte of brackets becomes thirty of Python objects; a tensor's entry has three in 52 bytes or more.
         raise refuse(where, "JSON", "at most one bracket in 12 bytes", "more: objects without content")
+    collecting = gc.isenabled()
+    gc.disable()            # millions of new objects without a cycle among them would be looked at again and again
     try:
         return json.loads(data, object_pairs_hook=unique_pairs(where))
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
         raise refuse(where, "JSON", "a valid document", f"{type(error).__name__}: {error}") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def read_json(path: Path) -> dict:
@@ -101,8 +108,17 @@ def inside(folder: Path, name: str, where) -> Path:
     return path
 
 
+def short(value) -> str:
+    """The repr of something from a file, however large it is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
 def integer(value, where, part, low: int = 0, high: int = 2**63 - 1) -> int:
     """A JSON integer in [low, high] (bool is not one)."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise refuse(where, part, f"an integer from {low} to {high}", repr(value))
+        raise refuse(where, part, f"an integer from {low} to {high}", short(value))
     return value

@@ -19,7 +19,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from ._refuse import JSON_LIMIT, inside, parse_json, read_json, refuse, regular_size
+from ._refuse import JSON_LIMIT, inside, parse_json, read_json, refuse, regular_size, short
 
 # Bits of one element, and the numpy type it is read as. Elements below a byte are read as bytes: their last axis is in bytes.
 DTYPES: dict[str, tuple[int, np.dtype]] = {name: (bits, np.dtype(kind)) for name, bits, kind in (
@@ -29,6 +29,7 @@ DTYPES: dict[str, tuple[int, np.dtype]] = {name: (bits, np.dtype(kind)) for name
     ("F8_E5M2", 8, ml_dtypes.float8_e5m2), ("F8_E4M3FNUZ", 8, ml_dtypes.float8_e4m3fnuz), ("F8_E5M2FNUZ", 8, ml_dtypes.float8_e5m2fnuz),
     ("F8_E8M0", 8, ml_dtypes.float8_e8m0fnu), ("F4", 4, np.uint8), ("F6_E2M3", 6, np.uint8), ("F6_E3M2", 6, np.uint8),
 )}
+KNOWN = f"a dtype among {', '.join(DTYPES)}"
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -85,27 +86,29 @@ class File:
 
     def _metadata(self, value) -> dict[str, str]:
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise refuse(self.path, "__metadata__", "an object of strings", repr(value))
+            raise refuse(self.path, "__metadata__", "an object of strings", short(value))
         return value
 
     def _tensor(self, name: str, entry, start: int) -> Tensor:
         def need(good: bool, expected: str, found):
             if not good:
-                raise refuse(self.path, f"tensor {name!r}", expected, found)
-        need(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape and data_offsets", repr(entry))
+                raise refuse(self.path, f"tensor {short(name)}", expected, found if isinstance(found, str) else short(found))
+        need(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape and data_offsets", entry)
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        need(isinstance(dtype, str) and dtype in DTYPES, f"a dtype among {', '.join(DTYPES)}", repr(dtype))
-        need(isinstance(shape, list) and len(shape) <= 32, "a shape", repr(shape))
-        need(isinstance(offsets, list) and len(offsets) == 2, "two data_offsets", repr(offsets))
+        need(isinstance(dtype, str) and dtype in DTYPES, KNOWN, [dtype])
+        need(isinstance(shape, list) and len(shape) <= 32, "a shape", shape)
+        need(isinstance(offsets, list) and len(offsets) == 2, "two data_offsets", offsets)
         for number in (*shape, *offsets):
             if type(number) is not int or not 0 <= number < 2**62:
-                need(False, "non-negative integers below 2**62 in shape and data_offsets", repr(number))
+                need(False, "non-negative integers below 2**62 in shape and data_offsets", [number])
         begin, end = offsets
         bits = DTYPES[dtype][0]
         total = math.prod(shape) * bits
-        need(begin <= end <= self.size - start, f"data_offsets within the {self.size - start} bytes of data", f"[{begin}, {end}]")
-        need(total % 8 == 0 and (bits >= 8 or (bool(shape) and shape[-1] * bits % 8 == 0)), "rows of whole bytes", f"{dtype} {shape}")
-        need(total // 8 == end - begin, f"{total // 8} bytes for {dtype} {shape}", f"{end - begin}")
+        if not begin <= end <= self.size - start:
+            need(False, f"data_offsets within the {self.size - start} bytes of data", f"[{begin}, {end}]")
+        need(total % 8 == 0 and (bits >= 8 or (bool(shape) and shape[-1] * bits % 8 == 0)), "rows of whole bytes", [dtype, shape])
+        if total // 8 != end - begin:
+            need(False, f"{total // 8} bytes for {dtype} {shape}", f"{end - begin}")
         return Tensor(name, dtype, tuple(shape), start + begin, end - begin, self)
 
     def _tile(self, tensors: list[Tensor], start: int) -> None:
@@ -190,11 +193,11 @@ def open_folder(folder: str | Path) -> Files:
 def _indexed(folder: Path, index: Path) -> Files:
     where = read_json(inside(folder, index.name, folder)).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise refuse(index, "weight_map", "an object from tensor to file", repr(where))
+        raise refuse(index, "weight_map", "an object from tensor to file", short(where))
     shards = {}
     for tensor, name in where.items():
         if not isinstance(name, str):
-            raise refuse(index, f"weight_map[{tensor!r}]", "a file name", repr(name))
+            raise refuse(index, f"weight_map[{tensor!r}]", "a file name", short(name))
         shards.setdefault(name, []).append(tensor)
     if len(shards) > 100_000:
         raise refuse(index, "weight_map", "at most 100000 files", len(shards))

@@ -1,6 +1,6 @@
 """Feed damaged checkpoints to `qfunc.load` and `qfunc.interop.inspect`:
 
-    python tests/fuzz/readers.py --minutes 10 [--seed 0] [--keep FOLDER]
+    python tests/fuzz/readers.py --minutes 10 [--seed 0] [--like "gguf*"] [--keep FOLDER]
 
 Every input must load or raise CheckpointError, within 5 seconds, and without memory far beyond the file. Anything else is printed with
 its seed, kept under FOLDER (default: `fuzz-findings`), and makes the exit status 1. `--only SEED` runs one input and shows the traceback.
@@ -72,9 +72,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--like", default="*", help="pattern of the recorded checkpoints to damage")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"))
     args = parser.parse_args()
-    sources = sorted(p for p in SEEDS.iterdir() if p.is_dir())
+    sources = sorted(p for p in SEEDS.glob(args.like) if p.is_dir())
     work = Path(tempfile.mkdtemp())
     signal.signal(signal.SIGALRM, _alarm)
     if args.only is not None:
