@@ -30,6 +30,8 @@ class Spreader {
  public:
   explicit Spreader(const Weight& w) : group_(w.group), segments_(w.segments) {
     kind_ = w.group >= w.k ? Kind::Row : w.group % kBlock == 0 ? Kind::Block : w.group == 16 || w.group == 32 || w.group == 64 ? Kind::Even : Kind::Any;
+    // A division by multiplication: exact below 2^16 blocks, and a division for every block would cost more than the block.
+    if (kind_ == Kind::Block) inverse_ = ((uint64_t{1} << 32) + static_cast<uint64_t>(w.group / kBlock) - 1) / static_cast<uint64_t>(w.group / kBlock);
     if (kind_ != Kind::Even) return;
     per_ = kBlock / w.group;
     low_ = lane_shift(1, static_cast<int>(w.group / 4));
@@ -43,14 +45,16 @@ class Spreader {
       even = _mm512_permutexvar_ps(low_, all);
       odd = _mm512_permutexvar_ps(high_, all);
     } else {
-      even = odd = _mm512_set1_ps(s[kind_ == Kind::Row ? 0 : b * kBlock / group_]);
+      even = odd = _mm512_set1_ps(s[whole(b)]);
     }
   }
+  // The segment of block b where segments hold whole blocks.
+  inline int64_t whole(int64_t b) const { return static_cast<int64_t>(static_cast<uint64_t>(b) * inverse_ >> 32); }
   inline bool any() const { return kind_ == Kind::Any; }
   inline void all(const float* s, int64_t b, __m512* out) const {
     if (kind_ == Kind::Any) return slow(s, b, out);
     if constexpr (Natural) {
-      const float* own = s + (kind_ == Kind::Row ? 0 : kind_ == Kind::Block ? b * kBlock / group_ : b * per_);
+      const float* own = s + (kind_ == Kind::Even ? b * per_ : whole(b));
       for (int v = 0; v < 8; ++v) out[v] = _mm512_set1_ps(own[kind_ == Kind::Even ? at_[v] : 0]);
     } else {
       halves(s, b, out[0], out[1]);
@@ -72,6 +76,7 @@ class Spreader {
   }
   Kind kind_;
   int64_t group_, segments_, per_ = 0;
+  uint64_t inverse_ = 0;
   int64_t at_[8] = {};
   __m512i low_ = _mm512_setzero_si512(), high_ = _mm512_setzero_si512();
 };

@@ -27,6 +27,6 @@ void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8
 }  // namespace
 
 extern const Kernels kernels_avx512;
-const Kernels kernels_avx512 = {"avx512", 16, 32, 8, 8, 16, 48, packed_order, avx512::int_stream_ok, avx512::float_stream,
+const Kernels kernels_avx512 = {"avx512", 16, 32, 4, 8, 16, 48, packed_order, avx512::int_stream_ok, avx512::float_stream,
                                 avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, convert_numbers, panel_f32, panel_i8};
 }  // namespace qfunc

@@ -60,7 +60,7 @@ void float_rows(const Product& p, const Decode& prototype, const uint8_t* const*
       QFUNC_STEP(0, 0) QFUNC_STEP(1, 0) QFUNC_STEP(2, 0) QFUNC_STEP(3, 0)
       QFUNC_STEP(4, 0) QFUNC_STEP(5, 0) QFUNC_STEP(6, 0) QFUNC_STEP(7, 0)
       if constexpr (Mode == Spread::Whole) {
-        const int64_t s = w.group >= w.k ? 0 : b * kBlock / w.group;
+        const int64_t s = spreader.whole(b);
         QFUNC_SUM(_mm512_set1_ps(scale[r][s]))
       } else {
         for (int r = 0; r < NR; ++r)
@@ -198,7 +198,7 @@ void int_stream_bits(const Product& p, int64_t n0, int64_t n1) {
   if (p.x.rows == 1) int_stream_rows<Bits, Flip, 1, 2>(p, n0, n1);
   else if (p.x.rows == 2) int_stream_rows<Bits, Flip, 2, 2>(p, n0, n1);
   else if (p.x.rows <= 4) int_stream_rows<Bits, Flip, 4, 2>(p, n0, n1);
-  else int_stream_rows<Bits, Flip, 8, 1>(p, n0, n1);
+  else int_stream_rows<Bits, Flip, 8, 2>(p, n0, n1);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMicro = 12;        // rows of w in registers: 12 x 2 accumulators, 2 vectors of x, 1 broadcast
 constexpr int64_t kTile = 48;     // rows of w in a tile
-constexpr int64_t kDeepF32 = 256, kDeepI8 = 1024;  // codes of K in a tile: both tiles fill a quarter of a usual second-level cache
+constexpr int64_t kDeepF32 = 128, kDeepI8 = 512;  // codes of K in a tile: a panel of x and 12 rows of w stay in the first-level cache
 constexpr int64_t kChunk = 512;   // rows of x whose results stay in cache
 
 inline __m256i to_bf16(__m512 v) {

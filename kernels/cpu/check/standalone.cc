@@ -1,0 +1,271 @@
+// The kernels without XLA or Python: every code, granularity and zero point on odd shapes against sums in double precision.
+// For cross-compiled targets under an emulator, for the sanitizers, and (with an argument) for a profiler:
+//   standalone                       checks; exits 1 at the first product that differs
+//   standalone M K N code group int  repeats one product for a second, on one thread
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../src/matmul.h"
+
+using namespace qfunc;
+
+namespace {
+
+std::mt19937 rng(7);
+int64_t below(int64_t n) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(n)); }
+float normal() { return std::normal_distribution<float>()(rng); }
+
+struct Element {
+  const char* name;
+  Code code;
+  int32_t bits, offset;
+};
+const Element kElements[] = {
+    {"int8", Code::Int8, 8, 0},      {"uint8", Code::UInt8, 8, 0},    {"int2", Code::Packed, 2, 2},   {"int3", Code::Packed, 3, 4},
+    {"int4", Code::Packed, 4, 8},    {"int5", Code::Packed, 5, 16},   {"int6", Code::Packed, 6, 32},  {"int7", Code::Packed, 7, 64},
+    {"uint4", Code::Packed, 4, 0},   {"table4", Code::Table4, 4, 0},  {"e2m3", Code::E2M3, 6, 0},     {"e3m2", Code::E3M2, 6, 0},
+    {"e4m3", Code::E4M3, 8, 0},      {"e5m2", Code::E5M2, 8, 0},
+};
+
+// The value of stored code c, by the definitions of the formats.
+double minifloat(int c, int exponent_bits, int mantissa_bits, int bias) {
+  const int mantissa = c & ((1 << mantissa_bits) - 1), exponent = (c >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const double magnitude = exponent ? std::ldexp(1.0 + std::ldexp(mantissa, -mantissa_bits), exponent - bias) : std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return (c >> (exponent_bits + mantissa_bits)) & 1 ? -magnitude : magnitude;
+}
+
+struct Problem {
+  Element element;
+  int64_t m, k, n, group, share, batch;
+  Zero zero_kind;
+  Number scale_type;
+  Quantize mode;
+  int64_t x_group;
+  bool x_zero;
+};
+
+int code_at(const Problem& p, const std::vector<uint8_t>& codes, int64_t row_bytes, int64_t row, int64_t k) {
+  if (p.element.bits == 8) return codes[row * row_bytes + k];
+  const uint8_t* block = codes.data() + row * row_bytes + k / 128 * 16 * p.element.bits;
+  int value = 0, low = 0, j = static_cast<int>(k % 128);
+  for (int width = 4; width; width /= 2) {
+    if (!(p.element.bits & width)) continue;
+    value |= (block[j % (16 * width)] >> (j / (16 * width) * width) & ((1 << width) - 1)) << low;
+    block += 16 * width;
+    low += width;
+  }
+  return value;
+}
+
+double value_of(const Problem& p, const std::vector<float>& table, int c) {
+  switch (p.element.code) {
+    case Code::Int8: return static_cast<int8_t>(c);
+    case Code::UInt8: return c;
+    case Code::Packed: return c - p.element.offset;
+    case Code::Table4: return table[c];
+    case Code::E2M3: return minifloat(c, 2, 3, 1);
+    case Code::E3M2: return minifloat(c, 3, 2, 3);
+    case Code::E4M3: return minifloat(c, 4, 3, 7);
+    case Code::E5M2: return minifloat(c, 5, 2, 15);
+  }
+  return 0;
+}
+
+struct Threads {
+  std::vector<std::thread> running;
+  Pool pool{3, [this](std::function<void()> task) { running.emplace_back(std::move(task)); }};
+  ~Threads() { for (auto& t : running) t.join(); }
+};
+
+struct Data {
+  std::vector<uint8_t> codes;
+  std::vector<float> scale, zero_f, table, x, x_scale, y, bias, outer;
+  std::vector<uint8_t> scale_bytes, zero_u;
+  std::vector<int8_t> x_codes;
+  std::vector<int32_t> x_zero;
+  Matrices w{};
+  Activation a{};
+};
+
+void fill(const Problem& p, Data& d) {
+  const int64_t row_bytes = p.element.bits == 8 ? p.k : (p.k + 127) / 128 * 16 * p.element.bits;
+  const int64_t outs = p.share ? (p.n + p.share - 1) / p.share : 1, segments = (p.k + p.group - 1) / p.group, cells = p.batch * outs * segments;
+  d.codes.resize(p.batch * p.n * row_bytes);
+  for (auto& c : d.codes) {
+    c = static_cast<uint8_t>(rng());
+    if (p.element.code == Code::E4M3 && (c & 0x7f) == 0x7f) c = 1;
+    if (p.element.code == Code::E5M2 && (c & 0x7c) == 0x7c) c = 1;
+  }
+  if (p.element.code == Code::Table4) for (int i = 0; i < 16; ++i) d.table.push_back(normal());
+  if (p.element.code == Code::E2M3 || p.element.code == Code::E3M2)
+    for (int i = 0; i < 32; ++i) d.table.push_back(static_cast<float>(value_of(p, d.table, i)));
+  for (int64_t i = 0; i < cells; ++i) {
+    const int byte = p.scale_type == Number::E8M0 ? 120 + static_cast<int>(below(12)) : 1 + static_cast<int>(below(120));
+    d.scale_bytes.push_back(static_cast<uint8_t>(byte));
+    d.scale.push_back(p.scale_type == Number::F32 ? 0.01f + 0.1f * std::fabs(normal())
+                      : p.scale_type == Number::E8M0 ? std::ldexp(1.0f, byte - 127) : static_cast<float>(minifloat(byte, 4, 3, 7)));
+    d.zero_f.push_back(normal());
+    d.zero_u.push_back(static_cast<uint8_t>(below(1 << p.element.bits)));
+  }
+  for (int64_t i = 0; i < p.batch; ++i) d.outer.push_back(1.5f + static_cast<float>(i));
+  for (int64_t i = 0; i < p.batch * p.n; ++i) d.bias.push_back(normal());
+  for (int64_t i = 0; i < p.batch * p.m * p.k; ++i) {
+    d.x.push_back(normal() + 0.5f);
+    d.x_codes.push_back(static_cast<int8_t>(below(255) - 127));
+  }
+  const int64_t steps = p.x_group < p.k ? (p.k + p.x_group - 1) / p.x_group : 1;
+  for (int64_t i = 0; i < p.batch * p.m * steps; ++i) d.x_scale.push_back(0.01f + 0.1f * std::fabs(normal()));
+  for (int64_t i = 0; i < p.batch * p.m; ++i) d.x_zero.push_back(static_cast<int32_t>(below(64)) - 32);
+  d.y.assign(p.batch * p.m * p.n, -1e30f);
+
+  Weight& w = d.w.first;
+  w.codes = d.codes.data();
+  w.row_bytes = row_bytes;
+  w.n = p.n;
+  w.k = p.k;
+  w.code = p.element.code;
+  w.bits = p.element.bits;
+  w.offset = p.element.offset;
+  w.table = d.table.data();
+  w.scale_type = p.scale_type;
+  w.scale = p.scale_type == Number::F32 ? static_cast<const void*>(d.scale.data()) : d.scale_bytes.data();
+  w.segments = segments;
+  w.group = p.group;
+  w.share = p.share;
+  if (p.scale_type == Number::E4M3) w.outer = d.outer.data();
+  w.zero_kind = p.zero_kind;
+  w.zero = p.zero_kind == Zero::Int ? static_cast<const void*>(d.zero_u.data()) : d.zero_f.data();
+  d.w.count = p.batch;
+  d.w.code_bytes = p.n * row_bytes;
+  d.w.scale_bytes = outs * segments * (p.scale_type == Number::F32 ? 4 : 1);
+  d.w.zero_bytes = outs * segments * (p.zero_kind == Zero::Int ? 1 : 4);
+  d.w.outer_items = 1;
+  d.w.bias = d.bias.data();
+  d.w.bias_type = Number::F32;
+  d.a.mode = p.mode;
+  d.a.x = p.mode == Quantize::Codes ? static_cast<const void*>(d.x_codes.data()) : d.x.data();
+  d.a.type = Number::F32;
+  d.a.scale = d.x_scale.data();
+  d.a.zero = p.x_zero ? d.x_zero.data() : nullptr;
+  d.a.scale_step = steps;
+  d.a.group = p.x_group;
+  d.a.clip = 1;
+  d.a.lowest = -127;
+  d.a.highest = 127;
+}
+
+double error_of(const Problem& p, const Data& d) {
+  const int64_t outs = p.share ? (p.n + p.share - 1) / p.share : 1, segments = d.w.first.segments, steps = d.a.scale_step;
+  std::vector<double> x(p.k);
+  double distance = 0, size = 0;
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t m = 0; m < p.m; ++m) {
+      const int64_t row = b * p.m + m;
+      const int64_t own = p.mode == Quantize::Token ? p.k : p.x_group;
+      for (int64_t k = 0; k < p.k; ++k) {
+        if (p.mode == Quantize::None) x[k] = d.x[row * p.k + k];
+        else if (p.mode == Quantize::Codes) x[k] = (d.x_codes[row * p.k + k] - (p.x_zero ? d.x_zero[row] : 0)) * static_cast<double>(d.x_scale[row * steps + (steps > 1 ? k / p.x_group : 0)]);
+        else {
+          float top = 0;
+          const int64_t start = k / own * own;
+          for (int64_t i = start; i < std::min(p.k, start + own); ++i) top = std::max(top, std::fabs(d.x[row * p.k + i]));
+          const float s = top / 127.0f;
+          x[k] = static_cast<double>(std::nearbyint(d.x[row * p.k + k] / s)) * s;
+        }
+      }
+      for (int64_t n = 0; n < p.n; ++n) {
+        double sum = d.bias[b * p.n + n];
+        for (int64_t k = 0; k < p.k; ++k) {
+          const int64_t cell = (b * outs + (p.share ? n / p.share : 0)) * segments + k / p.group;
+          double value = value_of(p, d.table, code_at(p, d.codes, d.w.first.row_bytes, b * p.n + n, k));
+          if (p.zero_kind == Zero::Int) value -= d.zero_u[cell];
+          value *= d.scale[cell] * (p.scale_type == Number::E4M3 ? d.outer[b] : 1.0f);
+          if (p.zero_kind == Zero::Float) value += d.zero_f[cell];
+          sum += x[k] * value;
+        }
+        const double got = d.y[row * p.n + n];
+        distance += (got - sum) * (got - sum);
+        size += sum * sum;
+      }
+    }
+  return std::sqrt(distance / std::max(size, 1e-300));
+}
+
+bool check(const Kernels& kernels, const Problem& p) {
+  Data d;
+  fill(p, d);
+  std::vector<Slice> slices;
+  for (int64_t b = 0; b < p.batch; ++b) slices.push_back({b * p.m, p.m, b});
+  {
+    Threads threads;
+    multiply(kernels, threads.pool, d.w, d.a, slices, d.y.data(), Number::F32);
+  }
+  const double error = error_of(p, d), limit = p.mode == Quantize::None ? 1e-5 : 2e-6;
+  if (error <= limit) return true;
+  std::printf("FAIL %s: M %ld K %ld N %ld group %ld share %ld zero %d scale %d mode %d x_group %ld x_zero %d: %.2e\n", p.element.name, long(p.m), long(p.k), long(p.n),
+              long(p.group), long(p.share), int(p.zero_kind), int(p.scale_type), int(p.mode), long(p.x_group), int(p.x_zero), error);
+  return false;
+}
+
+int repeat(const Kernels& kernels, char** argv) {
+  Problem p{kElements[0], std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]), 0, 1, 1, Zero::None, Number::F32, Quantize::None, 0, false};
+  for (const Element& e : kElements) if (!std::strcmp(e.name, argv[4])) p.element = e;
+  p.group = std::min<int64_t>(p.k, std::atoll(argv[5]));
+  p.mode = std::atoi(argv[6]) ? Quantize::Token : Quantize::None;
+  p.x_group = p.k;
+  Data d;
+  fill(p, d);
+  // Processor time, so that a crowded machine tells little lies.
+  double best = 1e9;
+  for (double total = 0; total < 1;) {
+    const std::clock_t start = std::clock();
+    multiply(kernels, Pool{}, d.w, d.a, {{0, p.m, 0}}, d.y.data(), Number::F32);
+    const double own = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+    best = std::min(best, own);
+    total += own;
+  }
+  std::printf("%s %s M %ld: best %.3f ms of one core, %.2f G weights/s, %.1f GMAC/s\n", kernels.name, p.element.name, long(p.m), best * 1e3,
+              static_cast<double>(p.k * p.n) / best / 1e9, static_cast<double>(p.m * p.k * p.n) / best / 1e9);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* reason = nullptr;
+  const Kernels* kernels = select_kernels(&reason);
+  if (!kernels) return std::printf("%s\n", reason), 2;
+  if (argc == 7) return repeat(*kernels, argv);
+  int64_t done = 0;
+  bool good = true;
+  for (const Element& e : kElements)
+    for (int64_t m : {1, 2, 3, 5, 9, 17, 40})
+      for (int shape = 0; shape < 4; ++shape) {
+        const int64_t k = e.bits == 8 ? 64 + 4 * below(120) : 128 + 4 * below(120), n = 1 + below(60), groups[] = {k, 128, 32, 16, 64, 256, 20};
+        const bool integer = e.code <= Code::Packed;
+        Problem p{e, m, k, n, std::min(k, groups[below(7)]), below(3) == 0 ? 0 : 1, 1 + below(2), Zero::None, Number::F32, Quantize::None, k, false};
+        if (below(4) == 0) p.share = 1 + below(40);
+        if (integer && e.offset == 0 && e.code != Code::Int8) p.zero_kind = static_cast<Zero>(below(3));
+        if (p.zero_kind == Zero::None) p.scale_type = below(3) == 0 ? Number::E8M0 : below(2) ? Number::E4M3 : Number::F32;
+        good &= check(*kernels, p), ++done;
+        if (!integer || p.zero_kind == Zero::Float) continue;
+        p.mode = Quantize::Token;
+        good &= check(*kernels, p), ++done;
+        p.mode = Quantize::Codes;
+        p.x_zero = below(2);
+        good &= check(*kernels, p), ++done;
+        p.x_zero = false;
+        p.mode = Quantize::Group;
+        p.x_group = std::min<int64_t>(k, 32 << below(3));
+        good &= check(*kernels, p), ++done;
+      }
+  std::printf("%s: %ld products %s\n", kernels->name, long(done), good ? "agree" : "DIFFER");
+  return good ? 0 : 1;
+}

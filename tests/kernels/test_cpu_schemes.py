@@ -1,0 +1,155 @@
+"""Every scheme on the native kernels against the reference, on shapes that no tile divides."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qfunc
+from qfunc.kernels import _dispatch
+from qfunc.kernels.cpu import _library
+
+pytestmark = pytest.mark.skipif(_library.isa() is None, reason=f"no native kernels: {_library.load()[1]}")
+
+SHAPES = ((1, 256, 40), (6, 640, 33), (19, 384, 65))
+"""(rows of x, in, out): one row, few rows (both decode) and panels with a remainder."""
+
+
+def relative(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def both(function, *args):
+    """(native, reference) results of one call."""
+    out = []
+    for name in ("native", "reference"):
+        with qfunc.use(name):
+            out.append(function(*args))
+    return out
+
+
+def quantized(rng, name, columns, rows, lead=()):
+    w = jnp.asarray(rng.standard_normal((*lead, columns, rows), np.float32) / np.sqrt(columns))
+    x = jnp.asarray(rng.standard_normal((16, columns), np.float32))
+    spec = qfunc.scheme(name)
+    needs = spec.weight.actorder or (spec.activation is not None and spec.activation.mode == "static")
+    return qfunc.quantize({"kernel": w}, name, calibration={"kernel": x} if needs else None)["kernel"]
+
+
+def integer(name):
+    spec = qfunc.scheme(name)
+    return spec.activation is not None and "int" in spec.weight.code and "int" in spec.activation.code
+
+
+@pytest.mark.parametrize("name", list(qfunc.schemes))
+def test_equals_the_reference(rng, name):
+    rows, columns, outs = SHAPES[rng.integers(len(SHAPES))]
+    q = quantized(rng, name, columns, outs)
+    x = jnp.asarray(rng.standard_normal((rows, columns), np.float32)).at[:, 5].multiply(8).at[rows // 2].set(0)
+    told = qfunc.explain(functools.partial(qfunc.matmul, w=q), x, platform="cpu")
+    assert [c.implementation for c in told] == ["native"], told
+    native, reference = both(qfunc.matmul, x, q)
+    limit = 1e-6 if integer(name) and name != "llm_int8" else 1e-5
+    assert relative(native, reference) <= limit
+    assert not np.any(np.asarray(native)[rows // 2]), "a zero row must stay zero"
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a8_dynamic", "w4a4_dynamic", "w3a8_dynamic"])
+def test_int32_sums_bit_for_bit(rng, name):
+    """One scale on each side: the float32 result is a function of the int32 sum, so equal bits mean equal sums and equal codes."""
+    q = quantized(rng, name, 700, 50)
+    for rows in (1, 7, 40):
+        native, reference = both(qfunc.matmul, jnp.asarray(rng.standard_normal((rows, 700), np.float32)), q)
+        np.testing.assert_array_equal(native, reference)
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a4_dynamic", "w8a8_block"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_activation_codes_bit_for_bit(rng, name, dtype):
+    spec = qfunc.scheme(name).activation
+    x = jnp.asarray(rng.standard_normal((3, 11, 384), np.float32) * np.exp2(rng.integers(-30, 30, (3, 11, 1))), dtype).at[1, 2].set(0)
+    native, reference = both(lambda x: qfunc.quantize_activation(x, spec), x)
+    np.testing.assert_array_equal(native.codes, reference.codes)
+    np.testing.assert_array_equal(native.scale, reference.scale)
+    q = quantized(rng, name, 384, 31)
+    again, want = both(lambda x: qfunc.matmul(qfunc.quantize_activation(x, q), q, out_dtype=jnp.float32), x)
+    assert relative(again, want) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a16_g128", "fp8_dynamic"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types_and_bias(rng, name, dtype):
+    q = quantized(rng, name, 256, 51)
+    for rows in (2, 37):
+        x, bias = jnp.asarray(rng.standard_normal((rows, 256)), dtype), jnp.asarray(rng.standard_normal(51), dtype)
+        native, reference = both(lambda x, q, b: qfunc.matmul(x, q, bias=b), x, q, bias)
+        assert native.dtype == dtype and relative(native, reference) < 3e-3
+        wide = both(lambda x, q, b: qfunc.matmul(x, q, bias=b, out_dtype=jnp.float32), x, q, bias)
+        assert relative(*wide) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a16_g128", "w8a8_static", "fp8", "llm_int8"])
+def test_stacks_and_batches(rng, name):
+    q = quantized(rng, name, 256, 33, (3,)) if "static" not in name else quantized(rng, name, 256, 33)
+    x = jnp.asarray(rng.standard_normal((3, 5, 256), np.float32))
+    native, reference = both(qfunc.matmul, x, q)
+    assert relative(native, reference) < 1e-5
+    one = jax.tree.map(lambda a: a[0], q) if len(q.matrix_shape) == 3 else q
+    native, reference = both(jax.vmap(lambda x: qfunc.matmul(x, one)), x)
+    assert relative(native, reference) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a16_g32", "w4a8_dynamic", "mxfp4", "fp8", "nvfp4", "llm_int8", "w8a8_dynamic_tensor"])
+def test_experts(rng, name):
+    q = quantized(rng, name, 256, 70, (5,))
+    x = jnp.asarray(rng.standard_normal((40, 256), np.float32))
+    bias = jnp.asarray(rng.standard_normal((5, 70), np.float32))
+    for sizes in ([7, 0, 12, 1, 18], [0, 0, 0, 0, 0], [40, 0, 0, 0, 0], [1, 1, 1, 1, 1]):
+        call = functools.partial(qfunc.grouped_matmul, group_sizes=jnp.asarray(sizes), bias=bias)
+        assert {c.implementation for c in qfunc.explain(call, x, q, platform="cpu")} == {"native"}
+        native, reference = both(call, x, q)
+        assert relative(native, reference) < 1e-5
+        assert not np.any(np.asarray(native)[sum(sizes):])
+
+
+def test_no_rows(rng):
+    q = quantized(rng, "w8a8_dynamic", 256, 33)
+    native, _ = both(qfunc.matmul, jnp.zeros((0, 256)), q)
+    assert native.shape == (0, 33)
+    native, _ = both(qfunc.matmul, jnp.ones((256,)), q)
+    assert native.shape == (33,)
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w8a16", "w4a16_g128", "fp8_w8a16"])
+def test_nan_and_infinity_stay_in_their_row(rng, name):
+    q = quantized(rng, name, 256, 33)
+    for rows in (3, 20):
+        x = jnp.asarray(rng.standard_normal((rows, 256), np.float32)).at[1, 7].set(jnp.nan).at[2, 9].set(jnp.inf)
+        native, reference = both(qfunc.matmul, x, q)
+        assert np.all(np.isnan(native[1])) and not np.any(np.isfinite(np.asarray(native)[2]))
+        keep = np.asarray([m for m in range(rows) if m not in (1, 2)])
+        assert relative(np.asarray(native)[keep], np.asarray(reference)[keep]) < 1e-5
+    poisoned = q.replace(scale=q.scale.at[3].set(jnp.nan))
+    native, _ = both(qfunc.matmul, x, poisoned)
+    assert np.all(np.isnan(np.asarray(native)[:, 3])) and np.all(np.isfinite(np.asarray(native)[0, :3]))
+
+
+def test_refusals_have_reasons(rng):
+    q = quantized(rng, "w4a8_dynamic_g6", 252, 33)
+    with qfunc.use("native"), pytest.raises(NotImplementedError, match="multiple of 4"):
+        qfunc.matmul(jnp.ones((2, 252)), q)
+    assert relative(qfunc_matmul_quietly(jnp.ones((2, 252)), q), both_reference(jnp.ones((2, 252)), q)) == 0
+
+
+def qfunc_matmul_quietly(x, q):
+    with pytest.warns(_dispatch.FallbackWarning, match="multiple of 4"):
+        _dispatch._warn.cache_clear()
+        return qfunc.matmul(x, q)
+
+
+def both_reference(x, q):
+    with qfunc.use("reference"):
+        return qfunc.matmul(x, q)
