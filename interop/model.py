@@ -19,6 +19,7 @@ from qfunc.layers.families import adapt, model_config
 from qfunc.layers.model import Model
 
 from ._checkpoint import DTYPES, Checkpoint, is_gguf, load, locate, logical_dtype, open_source
+from ._gguf_tokenizer import gguf_tokenizer
 from ._load import Leaf, make_plan
 from ._refuse import refuse
 
@@ -64,7 +65,8 @@ def load_model(path: str | Path, *, mesh=None, dtype=None, quantize=None, cache:
     if mesh is not None:
         from qfunc.layers.parallel import place
         params = place(params, config, mesh)
-    return Model(params, config, tokenizer_of(path), mesh=mesh, notes=checkpoint.notes)
+    tokenizer = tokenizer_of(path) or gguf_tokenizer(checkpoint.config.get("gguf") or {})
+    return Model(params, config, tokenizer, mesh=mesh, notes=checkpoint.notes)
 
 
 def tokenizer_of(path: Path):
