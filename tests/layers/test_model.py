@@ -223,3 +223,21 @@ def test_logits_of_recorded_checkpoints(name):
     model = qfunc.load_model(next(iter(folder.glob("*.gguf")), folder), dtype="float32")
     got, want = (a - a.mean(-1, keepdims=True) for a in (np.asarray(model(recorded["input_ids"])), recorded["logits"].astype(np.float32)))
     assert relative(got, want) < float(recorded["tolerance"])
+
+
+@pytest.mark.slow
+@pytest.mark.fixtures
+@pytest.mark.filterwarnings("ignore")
+def test_activations_per_tensor_equal_torchaos_own_forward():
+    # The recorded logits are of a bfloat16 forward, whose rounding is larger than what is looked for here.
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torchao")
+    root = archive()
+    if root is None:
+        pytest.skip("no recorded checkpoints")
+    folder = root / "torchao-fp8dq-pertensor"
+    ids = np.load(folder / "reference.npz")["input_ids"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids).long()).logits.numpy()
+    assert relative(qfunc.load_model(folder, dtype="float32")(ids), want) < 1e-5
