@@ -26,7 +26,6 @@ from ._rules import match, normalise
 from ._scales import minmax
 from ._spec import Scheme
 
-
 PACKED = "already quantized as"
 
 

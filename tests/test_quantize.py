@@ -22,7 +22,8 @@ def test_a_single_array_is_a_pytree(rng):
 
 
 def test_structure_and_float_leaves_survive(rng):
-    params = {"a": {"kernel": jnp.asarray(rng.standard_normal((64, 8)), jnp.bfloat16), "bias": jnp.ones(8)}, "n": None, "t": (jnp.arange(3),)}
+    dense = {"kernel": jnp.asarray(rng.standard_normal((64, 8)), jnp.bfloat16), "bias": jnp.ones(8)}
+    params = {"a": dense, "n": None, "t": (jnp.arange(3),)}
     q = qfunc.quantize(params, "w8a16")
     back = qfunc.dequantize(q)
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -150,6 +151,6 @@ def test_public_names_resolve_and_reserved_ones_say_what_exists():
     for name in qfunc.__all__:
         assert getattr(qfunc, name) is not None
     with pytest.raises(AttributeError, match="no attribute"):
-        qfunc.quantise
+        getattr(qfunc, "quantise")  # noqa: B009 - the name is the point
     with pytest.raises(NotImplementedError, match="qfunc.load"):
         qfunc.save("out", {}, format="awq")
