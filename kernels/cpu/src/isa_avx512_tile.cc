@@ -93,6 +93,16 @@ inline void float_decode(const Weight& w, Decode& decode, const Spreader<Decode:
   }
 }
 
+// The packed bytes of the next tile along K, or of the next rows, are asked for while this tile is computed: 48 short runs of
+// memory are too many and too short for the hardware to see coming.
+inline void prefetch_next(const Weight& w, int64_t n, int64_t k, int64_t deep) {
+  const bool last = k + deep >= w.k;
+  const int64_t row = last ? n + kTile : n, from = last ? 0 : k + deep;
+  if (row >= w.n) return;
+  const uint8_t* p = w.codes + row * w.row_bytes + from * w.lowbits() / 8;
+  for (int64_t i = 0; i < deep * w.lowbits() / 8; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
+
 inline int64_t panel_width(int64_t rows) { return rows <= 16 ? 16 : 32; }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
@@ -123,6 +133,7 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
         const int64_t deep = p.x.kp - k < kDeepF32 ? p.x.kp - k : kDeepF32;
         for (int64_t r = 0; r < count; ++r) {
           const float* s = scales + r * 2 * own;
+          prefetch_next(w, n + r, k, deep);
           float_decode(w, decode, spreader, n + r, k / kBlock, (k + deep) / kBlock, s, w.zero_kind == Zero::None ? nullptr : s + own,
                        tile + r * kDeepF32);
         }
@@ -243,6 +254,7 @@ void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
         const int64_t deep = p.x.kp - k < kDeepI8 ? p.x.kp - k : kDeepI8;
         for (int64_t r = 0; r < count; ++r) {
           const uint8_t* row = w.codes + (n + r) * w.row_bytes;
+          prefetch_next(w, n + r, k, deep);
           uint8_t* to = tile + r * kDeepI8;
           for (int64_t b = k / kBlock; b < (k + deep) / kBlock; ++b, to += kBlock) {
             __m512i lo, hi;
