@@ -128,7 +128,7 @@ def numbers(rng: random.Random, path: Path) -> None:
         size = end - begin if rng.random() < 0.5 else min(8, end - begin)
         at = begin if size == end - begin else rng.randrange(begin, end - size + 1)
         data[at: at + size] = (pattern * (size // len(pattern) + 1))[:size]
-    except (ValueError, KeyError, TypeError, struct.error, IndexError):
+    except (ValueError, KeyError, TypeError, struct.error, IndexError, OverflowError, MemoryError):
         return
     path.write_bytes(data)
 
