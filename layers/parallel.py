@@ -94,10 +94,12 @@ def parallel_apply(mesh, params: Mapping, config: ModelConfig) -> Callable:
     count, specs = mesh.shape[axis], shardings(params, config, mesh)
     data = "data" if "data" in mesh.axis_names else None
     split_logits = "lm_head" in params and any(axis in (spec or ()) for spec in jax.tree.leaves(specs["lm_head"]))
-    heads = {} if config.latent is not None else {"num_key_value_heads": config.num_key_value_heads // count}
 
     def run(params, ids, cache, config: ModelConfig, *, last: bool = False):
-        local = config.replace(num_attention_heads=config.num_attention_heads // count, axis=axis, split_experts=axis == "ep", **heads)
+        heads = config.num_attention_heads // count
+        # Latent attention has a row for all heads, which every device keeps; the number of its key heads says nothing.
+        shared = heads if config.latent is not None else config.num_key_value_heads // count
+        local = config.replace(num_attention_heads=heads, num_key_value_heads=shared, axis=axis, split_experts=axis == "ep")
         cached = P(data, None, None if config.latent is not None else axis)
         cache_specs = None if cache is None else {"length": P(), "layers": jax.tree.map(lambda _: cached, cache["layers"])}
         inner = jax.shard_map(lambda params, ids, cache: decoder.apply(params, ids, cache, local, last=last), mesh=mesh,

@@ -141,3 +141,23 @@ def test_configurations_that_are_not_understood_are_refused():
         adapt({"model": {"embed_tokens": {}, "layers": {"0": {}}, "norm": {}}}, config)
     with pytest.raises(ValueError, match="batch, tokens"):
         apply({}, jnp.zeros(3, jnp.int32), None, config)
+
+
+@pytest.mark.parametrize("axis", ["tp", "ep"])
+@pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss", "qwen2_moe", "gemma2"])
+def test_families_over_two_devices(case, axis, tmp_path):
+    from qfunc.layers.parallel import parallel_apply, place
+    _, params, config = build(case, tmp_path)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), (axis,))
+    if config.routing is None and axis == "ep":
+        with pytest.raises(ValueError, match="models with experts"):
+            place(params, config, mesh)
+        return
+    ids = np.random.default_rng(2).integers(3, 96, (2, 9))
+    want, _ = apply(params, ids, None, config)
+    placed = place(params, config, mesh)
+    run = jax.jit(parallel_apply(mesh, placed, config), static_argnums=3)
+    np.testing.assert_allclose(run(placed, ids, None, config)[0], want, atol=1e-4)
+    first, cache = run(placed, ids[:, :5], init_cache(config, 2, 9), config)
+    last, _ = run(placed, ids[:, 5:], cache, config)
+    np.testing.assert_allclose(np.concatenate([first, last], 1), want, atol=1e-4)
