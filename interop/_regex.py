@@ -112,6 +112,11 @@ class _Matcher:
     def repeat(self, low: int, high: int, tree, at: int) -> set[int]:
         """All ends after low..high rounds. More rounds than characters add nothing new, as positions repeat."""
         low, high = min(low, len(self.name) + 1), min(high, len(self.name) + 1)
+        if len(tree) == 1 and tree[0][0] in _SINGLE:
+            end = at
+            while end < len(self.name) and end - at < high and self.character(*tree[0], self.name[end]):
+                end += 1
+            return set(range(at + low, end + 1))
         now, out = frozenset((at,)), set()
         for count in range(high + 1):
             if count >= low:
@@ -148,6 +153,7 @@ class _Matcher:
         raise RegexError(f"{op} is not read in a pattern with nested repeats")
 
 
+_SINGLE = (C.LITERAL, C.NOT_LITERAL, C.ANY, C.IN)
 _CATEGORIES = {
     C.CATEGORY_DIGIT: str.isdigit, C.CATEGORY_NOT_DIGIT: lambda c: not c.isdigit(),
     C.CATEGORY_SPACE: str.isspace, C.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),

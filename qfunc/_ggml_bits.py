@@ -77,10 +77,10 @@ def double(data):
     full = kept | 0x800000
     lost = jnp.where(shift > 0, full & ((jnp.uint32(1) << shift) - 1), 0)
     # The dropped bits as one number of at least 30 bits: twice it against one unit says which way to round.
-    above = jnp.where(shift > 0, lost << 1 | (sticky > 0), sticky)
+    above = jnp.where(shift > 0, lost << 1 | (sticky > 0).astype(jnp.uint32), sticky)
     unit = jnp.where(shift > 0, jnp.uint32(1) << shift, jnp.uint32(1) << 28)
     body = jnp.where(shift > 0, full >> shift, (jnp.maximum(field, 0).astype(jnp.uint32) << 23) | kept)
-    body = body + ((above > unit) | ((above == unit) & (body & 1 == 1)))
+    body = body + ((above > unit) | ((above == unit) & (body & 1 == 1))).astype(jnp.uint32)
     nan = (field == 1151) & ((kept | sticky) > 0)
     body = jnp.where(field >= 255, jnp.uint32(0x7F800000), body)
     return from_bits((high >> 31 << 31) | jnp.where(nan, jnp.uint32(0x7FC00000), body))
