@@ -88,14 +88,21 @@ def test_two_threads_at_once(rng):
     assert not wrong
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ARM)
-def test_arm_under_an_emulator(tmp_path, isa):
+@pytest.fixture(scope="module")
+def arm_program(tmp_path_factory):
+    """(emulator, the standalone check built for Arm)."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not (compiler and emulator):
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    program = tmp_path / "standalone"
+    program = tmp_path_factory.mktemp("arm") / "standalone"
     subprocess.run([CHECK / "build.sh", program, compiler, "-static"], check=True)
+    return emulator, program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["i8mm", "neon"])
+def test_arm_under_an_emulator(arm_program, isa):
+    emulator, program = arm_program
     run = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, env={**os.environ, "QFUNC_CPU_ISA": isa})
     assert run.returncode == 0 and run.stdout.startswith(f"{isa}:"), run.stdout
 
