@@ -1,11 +1,11 @@
-# make env | demo | test | clean.  One virtual environment, .venv, serves them all.
+# make env | demo | test | test-slow | clean.  One virtual environment, .venv, serves them all.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/src/*)
 
-.PHONY: env demo test clean
+.PHONY: env demo test test-slow clean
 env: $(STAMP)
 
 # torch first: its CPU build is the one that the other test oracles must find installed.
@@ -24,7 +24,11 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not fuzz and not gpu"
+
+# Also what takes minutes: every foreign checkpoint of the archive where it is present, the emulated Arm build.
+test-slow: env
+	$(BIN)/pytest -m slow
 
 clean:
 	rm -rf $(VENV) build dist
