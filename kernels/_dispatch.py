@@ -196,7 +196,8 @@ def define(primitive, describe: Callable[..., Call]) -> None:
     def lower(ctx, *operands, platform: str, **params):
         call = describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params)
         row, refused = choose(call, platform, params["implementation"])
-        if params["implementation"] is None:
+        # Only matmuls have a slow path: what the reference makes of a quantization is one elementwise loop of XLA's.
+        if params["implementation"] is None and call.packed is not None:
             for name, reason in refused:
                 if not reason.startswith("runs on "):
                     _warn(row.name, name, reason)
