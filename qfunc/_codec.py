@@ -114,7 +114,8 @@ def _microscaled(w, spec: WeightSpec, element: Code) -> dict:
 
 def two_level(amax, outer, element: Code):
     """NVFP4's inner scale: e4m3(clip(amax / c / outer)), never below the smallest e4m3 number, so that no block divides by zero."""
-    inner = divide(divide(amax, element.highest), outer)
+    # The maximum changes nothing, but keeps XLA from making one division of two, a / c / outer = a / (c outer).
+    inner = divide(jnp.maximum(divide(amax, element.highest), 0), outer)
     inner = jnp.clip(inner, E4M3_SMALLEST, E4M3_LARGEST)        # clip keeps NaN
     return inner.astype(jnp.float8_e4m3fn)
 
