@@ -182,7 +182,7 @@ def test_llm_int8_is_what_bitsandbytes_computes(rng):
     q = q.replace(codes=jnp.asarray(weights.numpy()))
     y = np.asarray(matmul(jnp.asarray(x.astype(np.float16)), q, out_dtype=jnp.float32))
     errors = np.linalg.norm(y - want, axis=-1) / np.linalg.norm(want, axis=-1)
-    assert np.median(errors) < 1e-5 and errors.max() < 5e-3
+    assert np.median(errors) < 1e-5 and errors.max() < 2e-2
     stack = make(jnp.asarray(np.stack([w, w[:, ::-1]]).astype(np.float16)), "llm_int8")
     rows = grouped(jnp.asarray(x.astype(np.float16)), stack, jnp.array([4, 2])).astype(jnp.float32)
     close(rows[:4], np.asarray(matmul(x[:4].astype(np.float16), stack[0], out_dtype=jnp.float32)), 1e-3)
