@@ -1,6 +1,7 @@
 """Settings of every test: strict promotion, two CPU devices, fresh random numbers with a printed seed."""
 
 import secrets
+from fnmatch import fnmatchcase
 
 import jax
 import numpy as np
@@ -16,3 +17,28 @@ def rng(request):
     seed = secrets.randbits(32)
     print(f"rng seed of {request.node.name}: {seed}")
     return np.random.default_rng(seed)
+
+
+# Large tables of which the usual run takes a sample, by test function; the other rows are marked slow (`make test-slow`).
+SAMPLED = {
+    "tests/kernels/test_cpu_schemes.py::test_equals_the_reference":
+        "w2a16_g32 w3a16_g128 w4a16 w4a16_g32 w4a16_g128_asym w5a16_g64 w7a16 w8a16 w8a8_dynamic w8a8_static_asym w8a8_block w4a8_dynamic "
+        "w4a8_dynamic_g128_asym w4a4_dynamic w4afp8_g128 llm_int8 int4wo_g32 fp8 fp8_dynamic fp8_block fp8_e5m2_w8a16 mxfp8 mxfp6 mxfp4 "
+        "mxfp4_a16 nvfp4 nvfp4_a16 nf4 nf4_dq fp4_bnb w4a16_g128_actorder",
+    "tests/layers/test_parallel.py::test_quantized_logits":
+        "dense-tp-w8a8_dynamic dense-tp-w4a16_g128_asym moe-ep-w4a16_g128 moe-tp-mxfp4",
+    "tests/layers/test_families.py::test_logits_equal_transformers":
+        "llama llama-yarn qwen2 qwen3 qwen3_moe mixtral gemma2 gpt_oss deepseek_v3",
+    "tests/test_weights.py::*":
+        "*w2a16* *w3a16_g32* *w4a16_g32_asym* *w8a8_dynamic* *w8a16_asym* *int4wo* *fp8_block* fp8 *-fp8 *mxfp4* *mxfp6* *nvfp4* *nf4_dq* "
+        "*bits* *shape*",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name, bracket, row = item.nodeid.partition("[")
+        sample = next((rows.split() for pattern, rows in SAMPLED.items() if fnmatchcase(name, pattern)), None)
+        if bracket and sample is not None and not any(fnmatchcase(row.removesuffix("]"), pattern) for pattern in sample):
+            item.add_marker(pytest.mark.slow)
