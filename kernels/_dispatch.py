@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ class Call:
         out_dtype: numpy dtype of the result.
         batch: how many leading axes x shares with w.
         scope: how many leading axes of x are separate tensors to a per-tensor scale; the others are rows.
+        target: the kind of device that is lowered for, such as `sm_90`, on platforms where code is made for one; else None.
     """
 
     primitive: str
@@ -81,6 +83,7 @@ class Call:
     out_dtype: Any = None
     batch: int = 0
     scope: int = 0
+    target: str | None = None
 
     @property
     def w(self) -> QTensor:
@@ -100,6 +103,10 @@ class Call:
         rest = operands[len(x) + len(self.leaves):]
         sizes = rest.pop(0) if self.sizes is not None else None
         return x, w, sizes, rest.pop(0) if rest else None
+
+
+class Declined(str):
+    """A refusal out of preference: the call could be run, but what comes next in the table is faster. Worth no warning."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,15 @@ def forced() -> str | None:
     return _forced.get()
 
 
+TARGETS: dict[str, Callable[[], str | None]] = {}
+"""Platform to a function that tells the kind of device, where the code depends on it."""
+
+
+def targeted(call: Call, platform: str) -> Call:
+    """The call with the kind of device that a platform has."""
+    return dataclasses.replace(call, target=TARGETS[platform]()) if platform in TARGETS else call
+
+
 def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation, list[tuple[str, str]]]:
     """The implementation of a call on a platform, and those refused before it, each with the reason."""
     refused = []
@@ -194,12 +210,12 @@ def define(primitive, describe: Callable[..., Call]) -> None:
     """Give a primitive its eager rule and its lowerings; `describe(avals, params)` makes the `Call` of an equation."""
 
     def lower(ctx, *operands, platform: str, **params):
-        call = describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params)
+        call = targeted(describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params), platform)
         row, refused = choose(call, platform, params["implementation"])
         # Only matmuls have a slow path: what the reference makes of a quantization is one elementwise loop of XLA's.
         if params["implementation"] is None and call.packed is not None:
             for name, reason in refused:
-                if not reason.startswith("runs on "):
+                if not (isinstance(reason, Declined) or reason.startswith("runs on ")):
                     _warn(row.name, name, reason)
         return mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
 

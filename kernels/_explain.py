@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from ._dispatch import IMPLEMENTATIONS, choose, shape_struct
+from ._dispatch import IMPLEMENTATIONS, choose, shape_struct, targeted
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def _choice(equation, platform: str) -> Choice:
     name = equation.primitive.name
     avals = [shape_struct(v.aval) for v in equation.invars]
     call = (describe_activation if name == "quantize_activation" else describe)(avals, equation.params)
+    call = targeted(call, platform)
     asked = equation.params["implementation"]
     try:
         row, refused = choose(call, platform, asked)
