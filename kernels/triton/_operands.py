@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qfunc import _activation
-from qfunc._activation import QuantizedActivation
 from qfunc._codec import dynamic_map
 from qfunc._codes import FP4_BNB, NF4, code
 

@@ -70,11 +70,10 @@ def refusal(call: Call, target: Target) -> str | None:
 
 def _refuse_types(call: Call, target: Target) -> str | None:
     w, spec = call.w, call.packed.scheme.weight
-    named = [("the result", call.out_dtype)] + [("bias", call.bias.dtype)] * (call.bias is not None)
-    if not call.quantized:
-        named.append(("x", call.x[0].dtype))
-    for name, dtype in named:
-        if str(np.dtype(dtype)) not in FLOATS:
+    floats = {"the result": call.out_dtype, "bias": None if call.bias is None else call.bias.dtype,
+              "x": None if call.quantized else call.x[0].dtype}
+    for name, dtype in floats.items():
+        if dtype is not None and str(np.dtype(dtype)) not in FLOATS:
             return f"{name} of type {np.dtype(dtype)}"
     if scale_kind(w) not in SCALES:
         return f"scales of type {scale_kind(w)}"
