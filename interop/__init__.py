@@ -1,6 +1,6 @@
 """Checkpoints in and out: one reader a family, GGUF, safetensors, qfunc's own folders. `load` and `inspect` are the way in."""
 
-from importlib import import_module as _import_module
+from qfunc._lazy import attach as _attach
 
 _PUBLIC = {
     "Checkpoint": "_checkpoint", "Inspection": "_inspect", "inspect": "_inspect", "load": "_checkpoint", "load_model": "model",
@@ -8,15 +8,4 @@ _PUBLIC = {
 }
 
 __all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = _attach(__name__, _PUBLIC)

@@ -4,7 +4,7 @@
 Names are loaded when they are first used, since those of other libraries import them.
 """
 
-from importlib import import_module as _import_module
+from qfunc._lazy import attach as _attach
 
 _PUBLIC = {
     "functional": "_functional", "nnx_function": "flax", "quantize_linen": "linen", "quantize_model": "_models", "quantize_nnx": "flax",
@@ -12,15 +12,4 @@ _PUBLIC = {
 }
 
 __all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = _attach(__name__, _PUBLIC)

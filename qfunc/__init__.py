@@ -6,7 +6,7 @@
 Public names are loaded when they are first used: importing qfunc touches no device and imports nothing heavy beyond jax.
 """
 
-from importlib import import_module as _import_module
+from ._lazy import attach as _attach
 
 __version__ = "0.1.0"
 
@@ -27,25 +27,13 @@ _SUBPACKAGES = ("interop", "kernels", "layers")
 __all__ = [*_PUBLIC, *_RESERVED, *_SUBPACKAGES]
 
 
-def _reserved(name: str):
+def _later(name: str, instead: str):
     def later(*args, **kwargs):
-        raise NotImplementedError(f"qfunc.{name} does not exist yet; {_RESERVED[name]}")
+        raise NotImplementedError(f"qfunc.{name} does not exist yet; {instead}")
     later.__name__ = later.__qualname__ = name
-    later.__doc__ = f"Reserved: {_RESERVED[name]}."
+    later.__doc__ = f"Reserved: {instead}."
     return later
 
 
-def __getattr__(name: str):
-    if name in _SUBPACKAGES:
-        return _import_module(f"{__name__}.{name}")
-    if name in _PUBLIC:
-        value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _RESERVED:
-        return _reserved(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+globals().update({name: _later(name, instead) for name, instead in _RESERVED.items()})
+__getattr__, __dir__ = _attach(__name__, _PUBLIC, _SUBPACKAGES)

@@ -67,7 +67,6 @@ class Site:
         return self.shapes.get("/".join([*self.segments[:-len(tail)], *tail]))
 
 
-TABLE_LIKE = Orientation(transposed=True)       # (out, in), which for an embedding is (vocab, hidden)
 CONVOLUTION = re.compile(r"conv(?!erted)", re.IGNORECASE)
 
 
