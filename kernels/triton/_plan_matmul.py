@@ -17,6 +17,8 @@ from ._launch import Config, Kernel, Launch, Target, struct
 
 STEP = 128
 """Contracted elements of one step of the kernels' loop: a block of the canonical packing."""
+WHOLE = 1 << 30
+"""GROUP where one scale serves all of K, so that one compiled kernel serves every K."""
 WEIGHT = ("codes", "scale", "scale2", "scale_offset", "zero", "table", "levels")
 CONSTANTS = ("BM", "BN", "RUN", "SWAP", "SPLIT", "EVEN", "DOT", "PRECISION", "CODE", "BITS", "OFFSET", "ZERO", "SCALE", "SCALE2",
              "GROUP", "SHARE", "X_CODE", "X_GROUP", "X_SCALE", "X_ZERO", "PLACE", "HAS_BIAS")
@@ -242,8 +244,9 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
         EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee", CODE=_code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
-        SCALE2=_second(w, kind), GROUP=own, SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1),
-        X_CODE=_code_kind(call.spec.code) if call.quantized else "float", X_GROUP=theirs, X_SCALE=call.quantized,
+        SCALE2=_second(w, kind), GROUP=own if own < columns else WHOLE, SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1),
+        X_CODE=_code_kind(call.spec.code) if call.quantized else "float", X_GROUP=theirs if theirs < columns else 0,
+        X_SCALE=call.quantized,
         X_ZERO=len(call.x) > 2, PLACE=place, HAS_BIAS="bias" in arrays)
     scalars = dict(M=count, N=rows, K=columns, ROW=w.codes.shape[-1], GROUPS=w.scale.shape[-1], X_GROUPS=-(-columns // theirs))
     tiles = -(-count // config.block_m) * -(-rows // config.block_n)
