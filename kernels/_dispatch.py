@@ -182,6 +182,8 @@ def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation,
         if name is not None and row.name != name:
             continue
         if row.platforms is not None and platform not in row.platforms:
+            if name is None:
+                continue                        # made for another platform: nothing was refused
             refused.append((row.name, f"runs on {', '.join(row.platforms)}, not on {platform}"))
             continue
         reason = row.supports(call, platform)
@@ -215,7 +217,7 @@ def define(primitive, describe: Callable[..., Call]) -> None:
         # Only matmuls have a slow path: what the reference makes of a quantization is one elementwise loop of XLA's.
         if params["implementation"] is None and call.packed is not None:
             for name, reason in refused:
-                if not (isinstance(reason, Declined) or reason.startswith("runs on ")):
+                if not isinstance(reason, Declined):
                     _warn(row.name, name, reason)
         return mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
 

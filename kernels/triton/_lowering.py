@@ -1,0 +1,169 @@
+"""From a `Call` to custom calls: what the Triton kernels take, and how they are put into the function that is being lowered."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _activation as _activation  # the references must be in the table first: what is registered later is preferred
+from .. import _grouped as _grouped
+from .. import _matmul as _matmul
+from .. import _reference
+from .._dispatch import TARGETS, Call, Declined, Implementation, Packed, register
+from . import _bridge, _launch, _operands, _tables, _xla
+from ._launch import Config, Launch, Target
+
+PLATFORMS = ("cuda", "rocm")
+LABEL = "qfunc_{}"
+
+
+def supports(call: Call, platform: str) -> str | None:
+    """None, or why no Triton kernel runs this call; `Declined` where XLA's own product is expected to be faster."""
+    if call.target is None:
+        return _bridge.missing_target(platform)
+    if any(0 in part.shape for part in call.x) or (call.packed is not None and 0 in call.w.matrix_shape):
+        return Declined("nothing is computed of an empty operand")
+    if call.primitive in MATMULS and (reason := _refuse_matmul(call)) is not None:
+        return reason
+    for part in _parts(call):
+        reason = _launch.refusal(part, Target.parse(call.target)) or _bridge.missing(program_of(planned(part)), call.target)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _refuse_matmul(call: Call) -> str | None:
+    w = call.w
+    if w.perm is not None and call.spec is not None and call.spec.granularity.kind == "group":
+        return "an activation quantized in groups against a permuted weight"
+    threshold, tokens = _tables.xla_from(call, call.target), _tables.shape_of(call)[0]
+    if threshold is not None and tokens >= threshold and _xla.refusal(call) is None:
+        return Declined(f"from {threshold} tokens on XLA's own product is the faster one, here are {tokens}")
+    return None
+
+
+def _parts(call: Call) -> tuple[Call, ...]:
+    """The calls that kernels are launched for: a matmul that splits outlier columns off is two."""
+    return _split(call) if _splits(call) else (call,)
+
+
+def _splits(call: Call) -> bool:
+    return call.packed is not None and call.spec is not None and call.spec.outlier_threshold is not None and not call.quantized
+
+
+def _split(call: Call) -> tuple[Call, Call]:
+    """LLM.int8's two products: codes by codes, and the outlier columns in floating point. Both in float32, the second with the bias."""
+    spec = dataclasses.replace(call.spec, outlier_threshold=None)
+
+    def variant(activation, **fields):
+        scheme = dataclasses.replace(call.packed.scheme, activation=activation)
+        leaves = dict(zip(call.packed.fields, call.leaves, strict=True))
+        leaves.pop("smooth", None)
+        packed = dataclasses.replace(call.packed, scheme=scheme, fields=tuple(leaves))
+        return dataclasses.replace(call, packed=packed, leaves=tuple(leaves.values()), spec=activation, out_dtype=np.dtype(np.float32),
+                                   **fields)
+
+    return variant(spec, bias=None), variant(None)
+
+
+def planned(call: Call, config: Config | None = None) -> Launch:
+    """The launch of a call on its target, with the config of the tuning tables unless one is given."""
+    return _launch.describe(call, Target.parse(call.target), config or _tables.config(call, call.target))
+
+
+def program_of(launch: Launch) -> _bridge.Program:
+    """What is compiled for a launch."""
+    kernel = launch.kernel
+    return _bridge.Program(f"{kernel.module}:{kernel.function}", tuple(launch.signature.items()), tuple(launch.constexprs.items()),
+                           launch.divisible, launch.num_warps, launch.num_stages)
+
+
+def execute(launch: Launch, arrays, target: str) -> list[jax.Array]:
+    """Run a launch in the function that is being traced; returns its results."""
+    present, indices = dict(launch.arrays), {name: i for i, (name, _) in enumerate(launch.results)}
+    arguments = []
+    for name, kind in launch.signature.items():
+        if name in present:
+            arguments.append(_bridge.Operand())
+        elif name in indices:
+            arguments.append(_bridge.Result(indices[name]))
+        elif kind != "constexpr":
+            arguments.append(_bridge.Scalar(launch.scalars[name], kind))
+    return _bridge.call(program_of(launch), arguments, launch.grid, arrays, launch.outputs, target=target,
+                        label=LABEL.format(launch.kernel.name))
+
+
+def quantize_activation(call: Call, x, *extra):
+    """`quantize_activation`: see `qfunc.kernels._reference.quantize_activation`."""
+    launch = planned(call)
+    arrays, found = _operands.row_arrays(launch, call, x, *extra)
+    return _operands.row_results(launch, call, execute(launch, arrays, call.target), found)
+
+
+def _quantize(call: Call, x, extra: tuple, scope: int) -> tuple:
+    """The activation of a matmul as codes; by XLA where the kernel does not make them (the loop that it writes is a good one)."""
+    inner = Call("quantize_activation", (_struct(x),), spec=call.spec, extra=tuple(_struct(e) for e in extra), scope=scope,
+                 target=call.target)
+    if _launch.refusal(inner, Target.parse(call.target)) is None:
+        return tuple(quantize_activation(inner, x, *extra))
+    return tuple(_reference.quantize_activation(inner, x, *extra))
+
+
+def _struct(array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, np.dtype(array.dtype))
+
+
+def matmul(call: Call, *operands, config: Config | None = None):
+    """`quantized_matmul` and `quantized_grouped_matmul`: see `qfunc.kernels._reference`. `config` overrides the tables'."""
+    if _splits(call):
+        return _with_outliers(call, *operands)
+    launch = planned(call, config)
+    x, w, sizes, bias = _operands.activation(call, *operands, quantize=functools.partial(_quantize, call))
+    (y,) = execute(launch, _operands.arrays(launch, x, w, sizes, bias), call.target)
+    return _operands.finish(launch, call, y, bias)
+
+
+def _with_outliers(call: Call, *operands):
+    (x,), w, sizes, bias = call.split(operands)
+    owner = None
+    value = x
+    if sizes is not None:
+        owner, valid = _grouped.owners(sizes, x.shape[0])
+        value = jnp.where(valid[:, None], value, jnp.zeros((), x.dtype))
+    if w.smooth is not None:
+        smooth = w.smooth[owner] if owner is not None else jnp.expand_dims(w.smooth, tuple(range(call.batch, x.ndim - 1)))
+        value = value.astype(jnp.float32) * smooth.astype(jnp.float32)
+    over = jnp.abs(value.astype(jnp.float32)) >= call.spec.outlier_threshold
+    if owner is not None:
+        mask = (jax.ops.segment_max(over.astype(jnp.int32), owner, sizes.shape[0]) > 0)[owner]
+    else:
+        mask = jnp.any(over, axis=tuple(range(call.scope, x.ndim - 1)), keepdims=True)
+    zero = jnp.zeros((), value.dtype)
+    regular, irregular = (dataclasses.replace(part, x=(_struct(value),)) for part in _split(call))
+    leaves = [leaf for name, leaf in w.leaves.items() if name != "smooth"]
+    tail = [part for part in (sizes,) if part is not None]
+    y = matmul(regular, jnp.where(mask, zero, value), *leaves, *tail)
+    y = y + matmul(irregular, jnp.where(mask, value, zero), *leaves, *tail, *([] if bias is None else [bias]))
+    return y.astype(call.out_dtype)
+
+
+MATMULS = ("quantized_matmul", "quantized_grouped_matmul")
+RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": matmul, "quantize_activation": quantize_activation}
+
+
+def tokens(call: Call) -> int:
+    """Rows of x, over all its leading axes."""
+    return math.prod(call.x[0].shape[:-1])
+
+
+for _platform in PLATFORMS:
+    TARGETS[_platform] = functools.partial(_bridge.target_of, _platform)
+for _primitive in _xla.PRIMITIVES:
+    register(_primitive, Implementation("xla", PLATFORMS, _xla.supports, _xla.matmul))
+for _primitive, _run in RUN.items():
+    register(_primitive, Implementation("triton", PLATFORMS, supports, _run))
