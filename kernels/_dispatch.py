@@ -61,7 +61,7 @@ class Call:
 
     Fields:
         primitive: its name.
-        x: the activation, (ShapeDtypeStruct,) when float, (codes, scale[, zero]) when already quantized.
+        x: the activation, (ShapeDtypeStruct,) when float, (codes, scale[, zero]) when already quantized; (ids,) of `quantized_take`.
         packed, leaves: the weight, as its static record and the shapes of its leaves; `w` is the QTensor of both.
         sizes, bias: ShapeDtypeStruct or None; `sizes` are the rows of each expert (`quantized_grouped_matmul`).
         spec: the ActivationSpec by which x is (or was) quantized, or None.
@@ -128,6 +128,12 @@ class Implementation:
 
 IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
 """Primitive name to implementations, the preferred first; the reference is always the last."""
+
+DESCRIBE: dict[str, Callable[..., Call]] = {}
+"""Primitive name to `(avals, params) -> Call`, which `define` fills."""
+
+SLOW = ("quantized_matmul", "quantized_grouped_matmul")
+"""Where the reference is worth a warning: elsewhere it is one elementwise loop of XLA's."""
 
 
 def register(primitive: str, implementation: Implementation) -> None:
@@ -210,12 +216,12 @@ def _warn(chosen: str, name: str, reason: str) -> None:
 
 def define(primitive, describe: Callable[..., Call]) -> None:
     """Give a primitive its eager rule and its lowerings; `describe(avals, params)` makes the `Call` of an equation."""
+    DESCRIBE[primitive.name] = describe
 
     def lower(ctx, *operands, platform: str, **params):
         call = targeted(describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params), platform)
         row, refused = choose(call, platform, params["implementation"])
-        # Only matmuls have a slow path: what the reference makes of a quantization is one elementwise loop of XLA's.
-        if params["implementation"] is None and call.packed is not None:
+        if params["implementation"] is None and call.primitive in SLOW:
             for name, reason in refused:
                 if not isinstance(reason, Declined):
                     _warn(row.name, name, reason)

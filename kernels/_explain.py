@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from ._dispatch import IMPLEMENTATIONS, choose, shape_struct, targeted
+from ._dispatch import DESCRIBE, IMPLEMENTATIONS, choose, shape_struct, targeted
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,9 @@ def _default_platform() -> str:
 
 
 def _choice(equation, platform: str) -> Choice:
-    from ._activation import _describe as describe_activation
-    from ._matmul import describe
     name = equation.primitive.name
     avals = [shape_struct(v.aval) for v in equation.invars]
-    call = (describe_activation if name == "quantize_activation" else describe)(avals, equation.params)
-    call = targeted(call, platform)
+    call = targeted(DESCRIBE[name](avals, equation.params), platform)
     asked = equation.params["implementation"]
     try:
         row, refused = choose(call, platform, asked)

@@ -1,14 +1,22 @@
-"""Rows of a packed embedding table."""
+"""`quantized_take`: rows of a packed embedding table, decoding only the rows asked for."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
 
 from qfunc import _codec, _pack
 from qfunc._codes import code
 from qfunc._numerics import multiply_add
 from qfunc._qtensor import CODECS, QTensor
+
+from ._dispatch import Call, Implementation, Packed, define, forced, register
+from ._matmul import float_tangents
+
+quantized_take_p = Primitive("quantized_take")
 
 
 def take(table, ids) -> jax.Array:
@@ -17,7 +25,9 @@ def take(table, ids) -> jax.Array:
     Arguments: `table` float array (vocab, hidden), or a QTensor stored as its lm_head (hidden, vocab), of which only the rows asked
     for are decoded; `ids` integers. Negative ids count from the end; ids out of range give NaN rows, as `jnp.take` does.
 
-    Returns: the table's logical dtype, equal to the rows of `dequantize` bit for bit.
+    Returns: the table's logical dtype, equal to the rows of `dequantize` bit for bit. With a QTensor, exactly one `quantized_take`
+    equation, whose operands are int32 ids in range and the table's leaves. Raises TypeError where ids are not integers, ValueError
+    where the table has leading axes.
     """
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -26,14 +36,19 @@ def take(table, ids) -> jax.Array:
         return jnp.take(jnp.asarray(table), ids, axis=0)
     if len(table.matrix_shape) != 2:
         raise ValueError(f"take: expected a table (hidden, vocab), found {table!r}")
-    w = table.canonical
-    columns, rows = w.matrix_shape
-    flat = ids.reshape(-1)
-    flat = jnp.where(flat < 0, flat + rows, flat)
-    valid = (flat >= 0) & (flat < rows)
-    values = _rows(w, jnp.clip(flat, 0, rows - 1), columns)
-    values = jnp.where(valid[:, None], values, jnp.nan).astype(jnp.dtype(w.dtype))
-    return values.reshape(*ids.shape, columns)
+    rows = table.matrix_shape[-1]
+    ids = jnp.where(ids < 0, ids + rows, ids) if jnp.issubdtype(ids.dtype, jnp.signedinteger) else ids
+    valid = (ids >= 0) & (ids < rows)
+    inside = jnp.clip(ids, 0, rows - 1).astype(jnp.int32)
+    values = quantized_take_p.bind(inside, *table.leaves.values(), packed=Packed.of(table), implementation=forced())
+    return jnp.where(valid[..., None], values, jnp.asarray(jnp.nan, values.dtype))
+
+
+def reference(call: Call, ids, *leaves):
+    """values [*ids.shape, hidden] of the rows `ids` of a table in its logical dtype, decoded in float32."""
+    w = call.packed.build(leaves).canonical
+    values = _rows(w, ids.reshape(-1), w.matrix_shape[0])
+    return values.astype(call.out_dtype).reshape(*ids.shape, w.matrix_shape[0])
 
 
 def _rows(w: QTensor, ids, columns: int):
@@ -63,3 +78,52 @@ def _rows(w: QTensor, ids, columns: int):
 
 def _spread(scale, granularity, columns: int):
     return jnp.repeat(scale, granularity.size, -1)[..., :columns] if granularity.kind in ("group", "block") else scale
+
+
+def describe(avals, params) -> Call:
+    """The `Call` of a take equation: `x` is (ids,)."""
+    packed = params["packed"]
+    return Call("quantized_take", tuple(avals[:1]), packed, tuple(avals[1:]), out_dtype=np.dtype(packed.dtype))
+
+
+def _abstract(*avals, **params):
+    call = describe(avals, params)
+    return jax.core.ShapedArray((*call.x[0].shape, call.w.matrix_shape[0]), call.out_dtype)
+
+
+def _batch(operands, dims, **params):
+    ids, *leaves = operands
+    if all(d is None for d in dims[1:]):
+        return quantized_take_p.bind(jnp.moveaxis(ids, dims[0], 0), *leaves, **params), 0
+    fixed = {i: o for i, (o, d) in enumerate(zip(operands, dims, strict=True)) if d is None}
+    mapped = [jnp.moveaxis(o, d, 0) for o, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(moving):
+        moving = iter(moving)
+        return quantized_take_p.bind(*(fixed[i] if i in fixed else next(moving) for i in range(len(operands))), **params)
+
+    return jax.lax.map(one, mapped), 0
+
+
+def _jvp(primals, tangents, **params):
+    ids, *leaves = primals
+    y = quantized_take_p.bind(*primals, **params)
+    moving, values, moved = float_tangents(params["packed"], leaves, tangents[1:])
+    if not moving:
+        return y, ad.Zero.from_primal_value(y)
+    call = describe(primals, params)
+
+    def rows(*now):
+        own = list(leaves)
+        for i, value in zip(moving, now, strict=True):
+            own[i] = value
+        return reference(call, ids, *own)
+
+    return y, jax.jvp(rows, values, moved)[1]
+
+
+quantized_take_p.def_abstract_eval(_abstract)
+define(quantized_take_p, describe)
+batching.primitive_batchers[quantized_take_p] = _batch
+ad.primitive_jvps[quantized_take_p] = _jvp
+register("quantized_take", Implementation("reference", None, lambda call, platform: None, reference))

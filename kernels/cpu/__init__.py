@@ -7,6 +7,7 @@ installed without a C++ compiler every call is refused with that reason, and the
 from .. import _activation as _activation  # the references must be in the table first: what is registered later is preferred
 from .. import _grouped as _grouped
 from .. import _matmul as _matmul
+from .. import _take as _take
 from .._dispatch import Implementation, register
 from . import _lowering
 

@@ -62,7 +62,8 @@ def _float_reason(name: str, value) -> str | None:
     return None if str(np.dtype(value.dtype)) in FLOATS else f"{name} of type {value.dtype}"
 
 
-_SUPPORTS = {"quantized_matmul": _supports_matmul, "quantized_grouped_matmul": _supports_matmul, "quantize_activation": _supports_quantize}
+_SUPPORTS = {"quantized_matmul": _supports_matmul, "quantized_grouped_matmul": _supports_matmul,
+             "quantize_activation": _supports_quantize, "quantized_take": lambda call: refusal(call.w)}
 
 
 def _small(w):
@@ -165,4 +166,16 @@ def quantize_activation(call: Call, x, *extra):
     return [codes.reshape(x.shape), scale.reshape(*x.shape[:-1], steps)]
 
 
-RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": grouped_matmul, "quantize_activation": quantize_activation}
+def take(call: Call, ids, *leaves):
+    """`quantized_take`: see `qfunc.kernels._take.reference`."""
+    w = call.packed.build(leaves).canonical
+    operands, attributes = weight_operands(w)
+    columns = w.matrix_shape[0]
+    values = jax.ffi.ffi_call("qfunc_take", jax.ShapeDtypeStruct((ids.size, columns), jnp.float32))(ids.reshape(-1), *operands, **attributes)
+    if w.perm is not None:
+        values = values[:, jnp.argsort(w.perm)]
+    return values.astype(call.out_dtype).reshape(*ids.shape, columns)
+
+
+RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": grouped_matmul, "quantize_activation": quantize_activation,
+       "quantized_take": take}

@@ -1,5 +1,7 @@
 // Codes of one block of 128 as bytes and as values: plain loops that compilers vectorise for any instruction set.
 #pragma once
+#include <algorithm>
+
 #include "scales.h"
 
 namespace qfunc {
@@ -92,11 +94,11 @@ inline void scaled_block(const Weight& w, const uint8_t* row, int64_t b, const f
   for (int64_t k = 0; k < w.k; ++k) {
     if (k % kBlock == 0) block_values(w, row, k / kBlock, block);
     const int64_t s = k / w.group;
-    float value = block[k % kBlock];
-    if (w.zero_kind == Zero::Int) value -= zero[s];
-    value *= scale[s];
-    out[k] = w.zero_kind == Zero::Float ? value + zero[s] : value;
+    const float value = block[k % kBlock];
+    out[k] = (w.zero_kind == Zero::Int ? value - zero[s] : value) * scale[s];
   }
+  if (w.zero_kind == Zero::Float)
+    for (int64_t s = 0; s < w.segments; ++s) add_apart(out + s * w.group, zero + s, 0, std::min(w.group, w.k - s * w.group));
 }
 
 }  // namespace

@@ -199,7 +199,7 @@ Error take_rows(ffi::ThreadPool threads, ffi::Buffer<DataType::S32> ids, AnyBuff
   if (error.failure()) return error;
   for (int64_t i = 0; i < count; ++i)
     if (ids.typed_data()[i] < 0 || ids.typed_data()[i] >= cd[1]) return refuse("a row is out of range");
-  take(*kernels, pool_of(threads), matrices.first, ids.typed_data(), count, out->typed_data());
+  take(*kernels, pool_of(threads), matrices.at(0), ids.typed_data(), count, out->typed_data());
   return Error::Success();
 }
 
