@@ -9,8 +9,10 @@ from .. import _grouped as _grouped
 from .. import _matmul as _matmul
 from .. import _take as _take
 from .._dispatch import Implementation, register
-from . import _lowering
+from .._export import CUSTOM_CALLS
+from . import _library, _lowering
 
 PLATFORMS = ("cpu",)
 for _primitive, _run in _lowering.RUN.items():
     register(_primitive, Implementation("native", PLATFORMS, _lowering.supports, _run))
+CUSTOM_CALLS.extend(_library.HANDLERS)

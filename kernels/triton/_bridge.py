@@ -35,14 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from ._launch import SHARED_MEMORY
+
 TARGET = "triton_kernel_call_ffi"
 """The custom call of XLA that runs an image."""
 JAX_TRITON_TARGET = "triton_kernel_call"
 SHIPPED = Path(__file__).parent / "images"
 """Where images that come with the package lie; `python -m qfunc.kernels.triton.tune --ship` writes them."""
-SHARED_LIMIT = {"sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
-                "sm_103": 232448, "sm_120": 101376, "sm_121": 101376, "gfx942": 65536, "gfx950": 163840}
-"""Bytes of shared memory that one program may have: a launch beyond it fails on the device, a compilation does not."""
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5",
          "float8_e4m3fnuz": "fp8e4b8", "float8_e5m2fnuz": "fp8e5b16", "int8": "i8", "uint8": "u8", "int16": "i16", "uint16": "u16",
@@ -243,7 +242,8 @@ def missing(program: Program, target: str) -> str | None:
 def compiled(program: Program, target: str) -> Image:
     """The image of a program, compiled and kept where it is new.
 
-    Raises BridgeError where Triton refuses it, where it needs more shared memory than the target has, or where there is no Triton.
+    Raises BridgeError where Triton refuses it, where there is no Triton, or where the kernel needs more shared memory than a program may
+    have: such a launch would fail on the device, while the compilation succeeds.
     """
     image = find(program, target)
     if image is None:
@@ -254,7 +254,7 @@ def compiled(program: Program, target: str) -> Image:
         with contextlib.suppress(OSError):      # a read-only home costs time, not correctness
             write(cache_dir() / f"{program.key(target)}.gz", image.to_bytes())
         _images[program, target] = image
-    limit = SHARED_LIMIT.get(target)
+    limit = SHARED_MEMORY.get(target)
     if limit is not None and image.shared > limit:
         raise BridgeError(f"{program.name} for {target} needs {image.shared} bytes of shared memory, a program may have {limit}: {program}")
     return image

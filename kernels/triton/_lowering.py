@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from .. import _activation as _activation  # the references must be in the table first: what is registered later is preferred
 from .. import _grouped as _grouped
 from .. import _matmul as _matmul
-from .. import _reference
+from .. import _export, _reference
 from .._dispatch import TARGETS, Call, Declined, Implementation, Packed, register
 from . import _bridge, _launch, _operands, _tables, _xla
 from ._launch import Config, Launch, Target
@@ -156,11 +155,7 @@ MATMULS = ("quantized_matmul", "quantized_grouped_matmul")
 RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": matmul, "quantize_activation": quantize_activation}
 
 
-def tokens(call: Call) -> int:
-    """Rows of x, over all its leading axes."""
-    return math.prod(call.x[0].shape[:-1])
-
-
+_export.CUSTOM_CALLS += [_bridge.TARGET, _bridge.JAX_TRITON_TARGET]
 for _platform in PLATFORMS:
     TARGETS[_platform] = functools.partial(_bridge.target_of, _platform)
 for _primitive in _xla.PRIMITIVES:

@@ -1,0 +1,243 @@
+"""Lowering for GPUs on a machine without one: what is called, under every transformation, and why something is not."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import lowered
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import qfunc
+from qfunc.kernels import _reference
+from qfunc.kernels._dispatch import Declined, targeted
+from qfunc.kernels._matmul import describe
+from qfunc.kernels.triton import _bridge, _lowering, _tables
+
+TARGETS = {"cuda": "sm_90", "rocm": "gfx942"}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Lowering for sm_90 without compiling anything."""
+    monkeypatch.setattr(_bridge, "_images", {})
+    monkeypatch.setattr(_bridge, "find", lambda program, target: _bridge._images.get((program, target)))
+    monkeypatch.setattr(_bridge, "write", lambda path, data: None)
+    monkeypatch.setattr(_bridge, "_compile", lowered.uncompiled)
+    with _bridge.lowering_for("sm_90"):
+        yield
+
+
+def shapes(scheme: str, ins=512, outs=256, batch=(), dtype=jnp.float32):
+    w = jax.ShapeDtypeStruct((*batch, ins, outs), dtype)
+    return jax.eval_shape(lambda w: qfunc.quantize({"kernel": w}, scheme)["kernel"], w)
+
+
+def x_of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def found(fn, *args, **options):
+    return lowered.reached(lowered.lower(fn, *args, **options))
+
+
+SCHEMES = [name for name in qfunc.schemes if "static" not in name and "actorder" not in name]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_scheme_becomes_kernels(target, monkeypatch, hopper):
+    platform = "rocm" if target.startswith("gfx") else "cuda"
+    monkeypatch.setattr(_bridge, "_code_or_path", lambda program, image: "code")
+    for scheme in SCHEMES if target == "sm_90" else SCHEMES[::9]:
+        q = shapes(scheme)
+        with _bridge.lowering_for(target):
+            got = lowered.reached(lowered.lower(qfunc.matmul, x_of(3, 512), q, platform=platform))
+        spec = q.scheme.activation
+        products = 2 if spec is not None and spec.outlier_threshold is not None else 1
+        want = Counter(dense=products) + Counter(quantize_rows=int(spec is not None))
+        assert lowered.operations(got) == Counter({("quantized_matmul", "triton"): 1}), scheme
+        assert lowered.kernels(got) == want, scheme
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g128_asym", "w8a8_dynamic", "fp8", "mxfp4", "nvfp4", "llm_int8"])
+def test_experts_become_kernels(scheme, hopper):
+    q = shapes(scheme, batch=(4,))
+    got = found(qfunc.grouped_matmul, x_of(10, 512), q, jax.ShapeDtypeStruct((4,), jnp.int32))
+    spec = q.scheme.activation
+    products = 2 if spec is not None and spec.outlier_threshold is not None else 1
+    assert lowered.operations(got) == Counter({("quantized_grouped_matmul", "triton"): 1})
+    assert lowered.kernels(got) == Counter(grouped=products) + Counter(quantize_rows=int(spec is not None))
+
+
+def test_one_quantization_for_several_matmuls(hopper):
+    q = shapes("w8a8_dynamic")
+
+    def qkv(x, q):
+        codes = qfunc.quantize_activation(x, q)
+        return [qfunc.matmul(codes, q) for _ in range(3)]
+
+    got = found(qkv, x_of(2, 5, 512), q)
+    assert lowered.operations(got) == Counter({("quantize_activation", "triton"): 1, ("quantized_matmul", "triton"): 3})
+    assert lowered.kernels(got) == Counter(quantize_rows=1, dense=3)
+
+
+def test_jit_vmap_scan_grad_shard_map(hopper):
+    q, stack, x = shapes("w8a8_dynamic"), shapes("w8a8_dynamic", batch=(3,)), x_of(4, 512)
+    one = Counter(quantize_rows=1, dense=1)
+    assert lowered.kernels(found(jax.vmap(qfunc.matmul, (0, None)), x_of(3, 4, 512), q)) == one
+    assert lowered.kernels(found(jax.vmap(qfunc.matmul), x_of(3, 4, 512), stack)) == one
+    assert lowered.kernels(found(jax.vmap(qfunc.matmul, (None, 0)), x, stack)) == one
+    square = shapes("w8a8_dynamic", 512, 512, batch=(3,))
+    layers = found(lambda x, qs: jax.lax.scan(lambda x, q: (qfunc.matmul(x, q), None), x, qs)[0], x, square)
+    assert lowered.kernels(layers) == one
+    forward = found(jax.grad(lambda x, q: qfunc.matmul(x, q).astype(jnp.float32).sum()), x, q)
+    assert set(lowered.kernels(forward)) <= {"dense", "quantize_rows"}
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("tp",))
+    split = jax.tree.map(lambda leaf: PartitionSpec("tp"), q)
+    whole = jax.shard_map(qfunc.matmul, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=PartitionSpec(None, "tp"), check_vma=False)
+    assert lowered.kernels(found(whole, x, q)) == one
+
+
+def test_export_for_one_platform_and_for_two(hopper, rng):
+    q, x = shapes("w4a16_g128"), x_of(4, 512)
+    for platforms in (("cuda",), ("cpu", "cuda")):
+        made = jax.export.export(jax.jit(qfunc.matmul), platforms=platforms, disabled_checks=qfunc.kernels.export_checks())(x, q)
+        assert made.platforms == platforms and "qfunc_dense" in made.mlir_module()
+        back = jax.export.deserialize(made.serialize())
+    w = qfunc.quantize({"kernel": jnp.asarray(rng.standard_normal((512, 256)), jnp.float32)}, "w4a16_g128")["kernel"]
+    value = jnp.asarray(rng.standard_normal((4, 512)), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(back.call(value, w), np.float32), np.asarray(qfunc.matmul(value, w), np.float32))
+
+
+def test_equal_layers_share_one_function(hopper):
+    q = shapes("w4a16_g128", 512, 512)
+    text = lowered.lower(lambda x, q: qfunc.matmul(qfunc.matmul(x, q), q), x_of(4, 512), q)
+    assert text.count("custom_call @triton_kernel_call_ffi") == 1
+    assert lowered.kernels(lowered.reached(text)) == Counter(dense=2)
+
+
+def test_nothing_is_launched_of_nothing(hopper, recwarn):
+    q = shapes("w8a8_dynamic")
+    got = found(qfunc.matmul, x_of(0, 512), q)
+    assert not lowered.kernels(got) and not recwarn.list
+    (choice,) = qfunc.explain(qfunc.matmul, x_of(0, 512), q, platform="cuda")
+    assert choice.implementation == "xla" and "empty" in dict(choice.refused)["triton"]
+
+
+def test_without_a_target_nothing_is_guessed(monkeypatch):
+    monkeypatch.delenv("QFUNC_CUDA_CAPABILITY", raising=False)
+    q = shapes("w4a16_g128")
+    (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
+    assert choice.implementation == "xla" and "QFUNC_CUDA_CAPABILITY" in dict(choice.refused)["triton"]
+    with pytest.warns(qfunc.kernels.FallbackWarning, match="QFUNC_CUDA_CAPABILITY"):
+        qfunc.kernels._dispatch._warn.cache_clear()
+        lowered.lower(qfunc.matmul, x_of(4, 512), q)
+    with pytest.raises(NotImplementedError, match="QFUNC_CUDA_CAPABILITY"), qfunc.use("triton"):
+        lowered.lower(qfunc.matmul, x_of(4, 512), q)
+    monkeypatch.setenv("QFUNC_CUDA_CAPABILITY", "9.0")
+    (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
+    assert choice.implementation == "triton"
+
+
+def test_another_target_traces_again(hopper):
+    q, x = shapes("fp8_dynamic"), x_of(4, 512)
+    jitted = jax.jit(qfunc.matmul)
+    texts = []
+    for target in ("sm_90", "sm_80", "sm_90"):
+        with _bridge.lowering_for(target):
+            texts.append(jitted.trace(x, q).lower(lowering_platforms=("cuda",)).as_text())
+    assert texts[0] == texts[2] and texts[0] != texts[1]
+
+
+def test_use_forces_each_implementation(hopper):
+    q, x = shapes("w8a8_dynamic"), x_of(4, 512)
+    for name in ("triton", "xla", "reference"):
+        with qfunc.use(name):
+            got = found(qfunc.matmul, x, q)
+        assert lowered.operations(got) == Counter({("quantized_matmul", name): 1})
+
+
+def test_xla_is_preferred_where_a_table_says_so(hopper, monkeypatch, recwarn):
+    monkeypatch.setattr(_tables, "xla_from", lambda call, target: 1024)
+    q = shapes("w8a8_dynamic")
+    small, large = (qfunc.explain(qfunc.matmul, x_of(m, 512), q, platform="cuda")[0] for m in (1023, 1024))
+    assert small.implementation == "triton" and not small.refused
+    assert large.implementation == "xla" and "from 1024 tokens on" in dict(large.refused)["triton"]
+    got = found(qfunc.matmul, x_of(1024, 512), q)
+    assert lowered.operations(got) == Counter({("quantized_matmul", "xla"): 1}) and not lowered.kernels(got)
+    assert not [w for w in recwarn.list if isinstance(w.message, qfunc.kernels.FallbackWarning)]
+    # A product in groups is no single product of XLA's: the kernel keeps it at any size.
+    grouped = qfunc.explain(qfunc.matmul, x_of(4096, 512), shapes("w8a8_block"), platform="cuda")[0]
+    assert grouped.implementation == "triton"
+
+
+def test_a_permuted_weight_with_grouped_activations_is_refused_in_words(hopper):
+    q = shapes("w4a8_dynamic_g128")
+    spec = qfunc.scheme("w8a8_block").activation
+    q = q.replace(perm=jax.ShapeDtypeStruct((512,), jnp.int32), scheme=q.scheme.replace(activation=spec))
+    (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
+    assert choice.implementation == "reference" and "permuted" in dict(choice.refused)["triton"]
+
+
+def test_gguf_runs_on_xla_with_its_reason(hopper):
+    q = jax.eval_shape(lambda: qfunc.QTensor(codes=jnp.zeros((256, 2 * 144), jnp.uint8), scheme=qfunc.scheme("gguf:q4_k"), dtype="bfloat16"))
+    (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
+    assert choice.implementation == "xla" and "decoder" in dict(choice.refused)["triton"]
+
+
+def random_call(rng, scheme, x, ins, outs, batch=(), sizes=None, smooth=False):
+    w = jnp.asarray(rng.standard_normal((*batch, ins, outs)), jnp.float32)
+    q = qfunc.quantize({"kernel": w}, scheme)["kernel"]
+    if smooth:
+        q = q.replace(smooth=jnp.asarray(rng.uniform(0.5, 2, (*batch, ins)), jnp.float32))
+    made = []
+
+    def take(fn, *args):
+        jaxpr = jax.make_jaxpr(fn)(*args)
+        (equation,) = [e for e in jaxpr.eqns if e.primitive.name.startswith("quantized")]
+        call = describe([jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars], equation.params)
+        made.append(targeted(call, "cuda"))
+
+    if sizes is None:
+        take(qfunc.matmul, x, q)
+        return made[0], (x, *q.leaves.values())
+    take(qfunc.grouped_matmul, x, q, sizes)
+    return made[0], (x, *q.leaves.values(), sizes)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_outlier_columns_are_a_product_of_their_own(rng, monkeypatch, hopper, grouped, smooth):
+    x = np.array(rng.standard_normal((9, 128)), np.float32)
+    x[:, [3, 70]] *= 20
+    sizes = jnp.asarray([4, 0, 3], jnp.int32) if grouped else None
+    call, operands = random_call(rng, "llm_int8", jnp.asarray(x), 128, 64, (3,) if grouped else (), sizes, smooth)
+    reference = _reference.grouped_matmul if grouped else _reference.matmul
+    monkeypatch.setattr(_lowering, "matmul", reference)
+    got, want = _lowering._with_outliers(call, *operands), reference(call, *operands)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16_g128", "fp8_dynamic", "fp8", "fp8_w8a16", "mxfp4", "nvfp4", "nf4", "w4a8_dynamic"])
+def test_xla_products_equal_the_reference(rng, hopper, scheme):
+    x = jnp.asarray(rng.standard_normal((5, 256)), jnp.bfloat16)
+    call, operands = random_call(rng, scheme, x, 256, 64)
+    assert _lowering._xla.refusal(call) is None
+    got = np.asarray(_lowering._xla.matmul(call, *operands), np.float32)
+    want = np.asarray(_reference.matmul(call, *operands), np.float32)
+    # Dequantized operands are rounded to 8 bits of mantissa once each, the result once more.
+    assert np.linalg.norm(got - want) <= 2**-7 * np.linalg.norm(want)
+
+
+def test_import_touches_neither_triton_nor_a_device():
+    code = "import sys, qfunc.kernels, jax; assert not {'triton', 'torch', 'jax_triton'} & set(sys.modules), 'imported'\n" \
+           "from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started'"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "QFUNC_CUDA_CAPABILITY": "90"})
+
+
+def test_declined_is_a_reason():
+    assert isinstance(Declined("faster"), str) and Declined("faster") == "faster"
