@@ -11,16 +11,16 @@ GROUP_M = tl.constexpr(8)
 
 
 @triton.jit
-def second_scale(scale2_ptr, matrix, rn, N, GROUPS, SCALE2: tl.constexpr):
-    """(pointer to the second scales of a matrix, those of the output channels rn)."""
+def second_scale(scale, scale2, matrix, n, N, GROUPS, SCALE2: tl.constexpr):
+    """(pointer to the second scales of a matrix, those of the output channels n); what there is none of is never read."""
     if SCALE2 == "matrix":
-        return scale2_ptr + matrix, tl.load(scale2_ptr + matrix + rn * 0)
+        return scale2 + matrix, tl.load(scale2 + matrix + n * 0)
     elif SCALE2 == "row":
-        return scale2_ptr + matrix * N, tl.load(scale2_ptr + matrix * N + rn)
+        return scale2 + matrix * N, tl.load(scale2 + matrix * N + n)
     elif SCALE2 == "nested":
-        return scale2_ptr + matrix * tl.cdiv(N * GROUPS, 256), rn
+        return scale2 + matrix * tl.cdiv(N * GROUPS, 256), n
     else:
-        return scale2_ptr, rn
+        return scale, n
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def dense(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, l
     mean = 0.0
     if SCALE == "nested":
         mean = tl.load(scale_offset + matrix)
-    seconds, outer = second_scale(scale2, matrix, n, N, GROUPS, SCALE2)
+    seconds, outer = second_scale(scale, scale2, matrix, n, N, GROUPS, SCALE2)
     w_base = matrix * N * ROW
     s_base = matrix * s_rows * GROUPS
-    zero_base = zero
+    zero_base = scale
     if ZERO != "none":
         zero_base = zero + s_base
     tile = product(x + matrix * M * K, m.to(tl.int64) * K, x_scale, (matrix * M + m) * X_GROUPS, zx, codes + w_base,

@@ -50,6 +50,11 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232
 """Targets that the kernels are compiled and checked for."""
 
 
+POINTER = {"int8": "*i8", "uint8": "*u8", "int32": "*i32", "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16",
+           "float8_e4m3fn": "*u8", "float8_e5m2": "*u8"}
+"""Triton's pointer type of an array; fp8 goes as bytes, which kernels decode, unless the target multiplies it."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The choices that change speed and not the result (but for the order of float32 sums, by `split_k`).

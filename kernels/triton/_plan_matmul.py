@@ -13,7 +13,7 @@ from qfunc._qtensor import CODECS
 from qfunc._spec import ActivationSpec
 
 from .._dispatch import Call
-from ._launch import Config, Kernel, Launch, Target, struct
+from ._launch import POINTER, Config, Kernel, Launch, Target, struct
 
 STEP = 128
 """Contracted elements of one step of the kernels' loop: a block of the canonical packing."""
@@ -26,11 +26,9 @@ DENSE = Kernel("dense", "qfunc.kernels.triton._dense", "dense", ("x", "x_scale",
                ("M", "N", "K", "ROW", "GROUPS", "X_GROUPS"), CONSTANTS)
 GROUPED = Kernel("grouped", "qfunc.kernels.triton._grouped", "grouped",
                  ("x", "x_scale", "x_zero", *WEIGHT, "bias", "sizes", "rows", "weights"), ("y",),
-                 ("M", "N", "K", "ROW", "GROUPS", "X_GROUPS", "E"), (*CONSTANTS, "E_BLOCK"))
+                 ("M", "N", "K", "ROW", "GROUPS", "X_GROUPS", "E"), (*CONSTANTS, "E_BLOCK", "GATHER", "WEIGHTED"))
 
 FLOATS = ("bfloat16", "float16", "float32")
-POINTER = {"int8": "*i8", "uint8": "*u8", "int32": "*i32", "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16",
-           "float8_e4m3fn": "*u8", "float8_e5m2": "*u8"}
 NATIVE = {"fp8_e4m3": ("e4m3", "*fp8e4nv"), "fp8_e5m2": ("e5m2", "*fp8e5")}
 """fp8 codes that both operands share are multiplied as they are where the target can."""
 INTEGER_RUN, NATIVE_RUN, FLOAT_RUN = 32, 32, 16
@@ -244,16 +242,15 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
         EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee", CODE=_code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
-        SCALE2=_second(w, kind), GROUP=own if own < columns else WHOLE, SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1),
-        X_CODE=_code_kind(call.spec.code) if call.quantized else "float", X_GROUP=theirs if theirs < columns else 0,
-        X_SCALE=call.quantized,
-        X_ZERO=len(call.x) > 2, PLACE=place, HAS_BIAS="bias" in arrays)
+        SCALE2=_second(w, kind), GROUP=own if own < columns else WHOLE,
+        SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1), X_CODE=_code_kind(call.spec.code) if call.quantized else "float",
+        X_GROUP=theirs if theirs < columns else 0, X_SCALE=call.quantized, X_ZERO=len(call.x) > 2, PLACE=place, HAS_BIAS="bias" in arrays)
     scalars = dict(M=count, N=rows, K=columns, ROW=w.codes.shape[-1], GROUPS=w.scale.shape[-1], X_GROUPS=-(-columns // theirs))
     tiles = -(-count // config.block_m) * -(-rows // config.block_n)
     grid = (tiles, split, leading)
     if grouped:
         scalars["E"] = matrices
-        constants["E_BLOCK"] = 1 << matrices.bit_length()
+        constants |= dict(E_BLOCK=1 << matrices.bit_length(), GATHER=False, WEIGHTED=False)
         # Every expert that has rows, and the rows that have none, may end in a tile that is not full.
         owners = min(matrices + 1, count)
         grid = ((owners + (count - owners) // config.block_m) * -(-rows // config.block_n), 1, 1)
@@ -262,6 +259,23 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     result = struct(shape if split == 1 else (split, *shape), out)
     return Launch(GROUPED if grouped else DENSE, tuple(arrays.items()), types, (("y", result),), scalars, constants, grid,
                   config.num_warps, config.num_stages, split)
+
+
+def routed(launch: Launch, tokens: int | None = None, weighted: bool = False) -> Launch:
+    """A grouped launch with the routing of experts inside.
+
+    With `tokens`, x (and its scales) have that many rows, and row r of the product takes row `rows[r]`, int32 [T], of them; with
+    `weighted`, row r of y is multiplied by `weights[r]`, float32 [T], in float32. Both arrays follow `sizes`.
+    """
+    arrays, count = dict(launch.arrays), launch.scalars["M"]
+    for name in ("x", "x_scale", "x_zero"):
+        if tokens is not None and name in arrays:
+            arrays[name] = struct((1, tokens, arrays[name].shape[-1]), arrays[name].dtype)
+    extra = {"rows": struct((count,), np.int32)} if tokens is not None else {}
+    extra |= {"weights": struct((count,), np.float32)} if weighted else {}
+    types = launch.types | {name: POINTER[str(np.dtype(array.dtype))] for name, array in extra.items()}
+    constants = launch.constants | dict(GATHER=tokens is not None, WEIGHTED=weighted)
+    return dataclasses.replace(launch, arrays=tuple((arrays | extra).items()), types=types, constants=constants)
 
 
 def _place(size: int, columns: int) -> int:

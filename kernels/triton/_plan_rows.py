@@ -12,12 +12,12 @@ from qfunc._codec import E4M3_LARGEST, E4M3_SMALLEST
 from qfunc._codes import code
 
 from .._dispatch import Call
-from ._launch import Config, Kernel, Launch, Target, struct
+from ._launch import POINTER, Config, Kernel, Launch, Target, struct
 
 ROWS = Kernel("quantize_rows", "qfunc.kernels.triton._activation", "quantize_rows",
-              ("x", "gain", "given", "given_zero"), ("codes", "scale", "zero"), ("M", "K", "GROUPS"),
-              ("BR", "BK", "ONE", "SPREAD", "FRONT", "EPS", "CELL", "GROUP", "CODE", "LOW", "HIGH", "DIVISOR", "CLIP", "RULE", "EMAX",
-               "MANTISSA", "ROUNDING", "ASYMMETRIC", "INNER_LOW", "INNER_HIGH"))
+              ("x", "up", "gain", "given", "given_zero"), ("codes", "scale", "zero"), ("M", "K", "GROUPS"),
+              ("BR", "BK", "SPREAD", "FRONT", "EPS", "SHIFT", "CELL", "GROUP", "CODE", "LOW", "HIGH", "DIVISOR", "CLIP", "RULE", "EMAX",
+               "EXPONENT", "MANTISSA", "ROUNDING", "ASYMMETRIC", "INNER_LOW", "INNER_HIGH"))
 MINIFLOATS = {"fp8_e4m3": (4, 3), "fp8_e5m2": (5, 2), "fp6_e2m3": (2, 3), "fp6_e3m2": (3, 2), "fp4_e2m1": (2, 1)}
 """Exponent and mantissa bits of the small floats."""
 CHUNK = 4096
@@ -56,48 +56,44 @@ def adapt(call: Call, target: Target, config: Config) -> Config:
     return dataclasses.replace(config, block_k=min(chunk, CHUNK), split_k=1)
 
 
-def describe(call: Call, target: Target, config: Config, front: str = "none", eps: float = 0.0, gain=None) -> Launch:
-    """The launch that makes codes [M, K] and, where the scale comes from the data of a token or group, scale [M, G] and zero.
+def describe(call: Call, target: Target, config: Config, front: str = "none", gain=None, eps: float = 0.0, shift: float = 0.0) -> Launch:
+    """The launch that makes codes [M, K] and, where the scale comes from the data of a token or group, scale [M, G] and zero [M, 1].
 
-    `front`: `none`; `rmsnorm`, x / rms(x) * gain with `gain` a struct [K]; or `swiglu`, silu(x[:, :K]) * x[:, K:] of x [M, 2 K].
+    `front`: `none`; `rmsnorm`, x / rms(x) (gain + shift), with `gain` a struct [K]; `swiglu`, silu(x) up with one more array [M, K].
     Other scales (per tensor, calibrated, outer ones) come as the array `given` [M, 1].
     """
     spec, x = call.spec, call.x[0]
-    element, integer = code(spec.code), code(spec.code).integer
-    rows, columns = math.prod(x.shape[:-1]), x.shape[-1] // (2 if front == "swiglu" else 1)
+    element = code(spec.code)
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     cell = "given" if spec.granularity.kind == "tensor" else spec.granularity.kind
-    group = spec.granularity.size if cell == "group" else columns
-    groups = -(-columns // group)
+    group = spec.granularity.size if cell == "group" else 1
+    groups = -(-columns // group) if cell == "group" else 1
     exponent, mantissa = MINIFLOATS.get(spec.code, (0, 0))
-    rule = "two_level" if spec.outer is not None else spec.scale_rule
-    calibrated = cell == "given" and spec.outer is None
     spared = spec.zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
 
-    arrays = {"x": struct((rows, x.shape[-1]), x.dtype)}
+    arrays = {"x": struct((rows, columns), x.dtype)}
+    if front == "swiglu":
+        arrays["up"] = struct((rows, columns), x.dtype)
     if front == "rmsnorm":
         arrays["gain"] = struct((columns,), gain.dtype)
-    if calibrated or spec.outer is not None:
+    if cell == "given" or spec.outer is not None:
         arrays["given"] = struct((rows, 1), np.float32)
-    if calibrated and spec.zero is not None:
+    if cell == "given" and spec.zero is not None:
         arrays["given_zero"] = struct((rows, 1), np.int32)
-    results = {"codes": struct((rows, columns), np.dtype(np.int8) if integer else element.dtype)}
-    if not calibrated:
+    results = {"codes": struct((rows, columns), np.dtype(np.int8) if element.integer else element.dtype)}
+    if cell != "given":
         results["scale"] = struct((rows, groups), np.float32)
-        if spec.zero is not None:
-            results["zero"] = struct((rows, 1), np.int32)
-    from ._plan_matmul import POINTER
+    if cell != "given" and spec.zero is not None:
+        results["zero"] = struct((rows, 1), np.int32)
     types = {name: POINTER[str(np.dtype(array.dtype))] for name, array in (arrays | results).items()}
 
-    chunk = config.block_k
     spread = front != "rmsnorm" and cell != "token"
-    chunks = -(-columns // chunk)
     constants = dict(
-        BR=config.block_m, BK=chunk, ONE=chunks == 1, SPREAD=spread, FRONT=front, EPS=float(eps), CELL=cell, GROUP=group,
-        CODE="int" if integer else spec.code, LOW=int(-element.highest if spared else element.lowest) if integer else 0,
-        HIGH=float(element.highest), DIVISOR=divisor(spec, element), CLIP=float(np.float32(spec.clip)), RULE=rule,
-        EMAX=_scales.MX_ELEMENTS.get(spec.code, (0, 0))[0], MANTISSA=(exponent, mantissa), ROUNDING=spec.rounding,
+        BR=config.block_m, BK=config.block_k, SPREAD=spread, FRONT=front, EPS=float(eps), SHIFT=float(shift), CELL=cell, GROUP=group,
+        CODE="int" if element.integer else spec.code, LOW=float(-element.highest if spared else element.lowest),
+        HIGH=float(element.highest), DIVISOR=divisor(spec, element), CLIP=float(np.float32(spec.clip)), RULE="two_level" if spec.outer is not None else spec.scale_rule, EMAX=_scales.MX_ELEMENTS.get(spec.code, (0, 0))[0], EXPONENT=exponent, MANTISSA=mantissa, ROUNDING=spec.rounding,
         ASYMMETRIC=spec.zero is not None, INNER_LOW=E4M3_SMALLEST, INNER_HIGH=E4M3_LARGEST)
-    grid = (-(-rows // config.block_m), chunks if spread else 1, 1)
+    grid = (-(-rows // config.block_m), -(-columns // config.block_k) if spread else 1, 1)
     return Launch(ROWS, tuple(arrays.items()), types, tuple(results.items()), dict(M=rows, K=columns, GROUPS=groups), constants, grid,
                   config.num_warps, config.num_stages)
 

@@ -98,10 +98,10 @@ def to_numpy(tensor, dtype):
 
 def poisoned(struct):
     """An output that is wrong wherever a kernel does not write: NaN, or the byte 0xAA."""
-    size = int(np.prod(struct.shape)) * np.dtype(struct.dtype).itemsize
-    floating = jnp.issubdtype(struct.dtype, jnp.floating) and np.dtype(struct.dtype).itemsize > 1
-    raw = np.full(struct.shape, np.nan, struct.dtype) if floating else np.full(size, 0xAA, np.uint8).view(struct.dtype).reshape(struct.shape)
-    return to_torch(raw)
+    dtype = np.dtype(struct.dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
+        return to_torch(np.full(struct.shape, np.nan, dtype))
+    return to_torch(np.full(int(np.prod(struct.shape)) * dtype.itemsize, 0xAA, np.uint8).view(dtype).reshape(struct.shape))
 
 
 def launch(described, arrays):
