@@ -1,9 +1,5 @@
 """The bridge from a Triton kernel to a jitted JAX function: one compiled image, one custom call.
 
-A `Program` says what to compile, an `Image` is the compiled code, `call` puts it into a function that is being traced. Nothing here
-asks a device for anything until something is lowered, and nothing imports triton unless no compiled image is found: first in this
-process, then in the cache on disk, then among the images that the package ships.
-
 The custom call is jaxlib's own `triton_kernel_call_ffi`. Its payload is a protocol buffer that the constructors of `jaxlib.gpu_triton`
 write; where no GPU plugin is installed (lowering for a machine elsewhere) `_encode` writes the same bytes. These are private names of
 jaxlib, so a test holds both writers equal, and jax-triton is the way out (`QFUNC_TRITON_BRIDGE=jax-triton`).
@@ -11,303 +7,28 @@ jaxlib, so a test holds both writers equal, and jax-triton is the way out (`QFUN
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-import gzip
-import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
-import json
+import linecache
 import math
 import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from ._launch import SHARED_MEMORY
+from ._image import Image, KernelError, Program, cache_dir, compiled, function, write
 
 TARGET = "triton_kernel_call_ffi"
 """The custom call of XLA that runs an image."""
 JAX_TRITON_TARGET = "triton_kernel_call"
-SHIPPED = Path(__file__).parent / "images"
-"""Where images that come with the package lie; `python -m qfunc.kernels.triton.tune --ship` writes them."""
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5",
-         "float8_e4m3fnuz": "fp8e4b8", "float8_e5m2fnuz": "fp8e5b16", "int8": "i8", "uint8": "u8", "int16": "i16", "uint16": "u16",
-         "int32": "i32", "uint32": "u32", "int64": "i64", "uint64": "u64"}
-"""numpy types to Triton's names of them."""
 
-
-class BridgeError(RuntimeError):
-    """A kernel that cannot be compiled or called for the target that is being lowered for."""
-
-
-# ---- the device that is lowered for ------------------------------------------------------------------------------------------------
-
-_SETTING = {"cuda": "QFUNC_CUDA_CAPABILITY", "rocm": "QFUNC_ROCM_ARCH"}
-_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("qfunc_triton_target", default=None)
-
-
-@contextlib.contextmanager
-def lowering_for(target: str) -> Iterator[None]:
-    """Lower for a device that need not be here: `sm_90` (also `90` and `9.0`) or `gfx942`. Functions traced before are traced again."""
-    name = target_name(target)
-    token = _asked.set(name)
-    try:
-        with set_xla_metadata(qfunc_target=name):
-            yield
-    finally:
-        _asked.reset(token)
-
-
-def target_name(value: str) -> str:
-    """`9.0`, `90`, `sm_90a` and `gfx942:sramecc+` as `sm_90` and `gfx942`; ValueError for anything else."""
-    text = str(value).strip().lower().split(":")[0]
-    if text.startswith("gfx") and text[3:].isalnum():
-        return text
-    digits = text.removeprefix("sm_").removeprefix("sm").rstrip("af").replace(".", "")
-    if not (digits.isdigit() and 2 <= len(digits) <= 3):
-        raise ValueError(f"expected a compute capability such as 9.0 or sm_90, or an architecture such as gfx942, found {value!r}")
-    return f"sm_{digits}"
-
-
-def target_of(platform: str) -> str | None:
-    """What a platform's kernels are compiled for: asked for by `lowering_for`, the device that is here, or `QFUNC_CUDA_CAPABILITY`.
-
-    None where there is neither a device nor a setting. Raises ValueError where the devices of this process differ.
-    """
-    fits = str.startswith
-    prefix = {"cuda": "sm_", "rocm": "gfx"}[platform]
-    asked = _asked.get()
-    if asked is not None and fits(asked, prefix):
-        return asked
-    found = _devices(platform)
-    if len(found) > 1:
-        raise ValueError(f"the {platform} devices of this process differ ({', '.join(sorted(found))}): name one with lowering_for(...)")
-    if found:
-        return next(iter(found))
-    setting = os.environ.get(_SETTING[platform])
-    return target_name(setting) if setting else None
-
-
-def missing_target(platform: str) -> str:
-    """The reason to give where `target_of` finds nothing."""
-    return f"no {platform} device is here and {_SETTING[platform]} is not set, so it is not known what to compile for"
-
-
-def _devices(platform: str) -> set[str]:
-    from jax.extend import backend
-    backends = backend.backends()
-    client = backends.get(platform)
-    if client is None:
-        client = backends.get("gpu")
-        if client is None or (platform == "rocm") != ("rocm" in getattr(client, "platform_version", "").lower()):
-            return set()
-    return {target_name(device.compute_capability) for device in client.local_devices()}
-
-
-# ---- what is compiled --------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Program:
-    """A kernel with everything that its machine code depends on.
-
-    Fields:
-        kernel: `module:function` of a `triton.jit` function.
-        signature: (argument, type) in the kernel's order; types as Triton names them (`*bf16`, `i32`), `constexpr` for compile-time ones.
-        constexprs: (argument, value) of the compile-time arguments.
-        divisible: arguments that are multiples of 16 (pointers by their address), without which loads come out scalar.
-        warps, stages: launch width and depth of the software pipeline.
-        options: other compiler options, (name, value).
-    """
-
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]
-    warps: int
-    stages: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return self.kernel.partition(":")[2]
-
-    def key(self, target: str) -> str:
-        """A digest of the sources, this record and the target: the name of the image on disk."""
-        record = [self.kernel, self.signature, self.constexprs, self.divisible, self.warps, self.stages, self.options, target]
-        return hashlib.sha256((fingerprint(self.kernel.partition(":")[0]) + json.dumps(record)).encode()).hexdigest()[:40]
-
-
-@dataclass(frozen=True)
-class Image:
-    """Compiled code: PTX text, or the bytes of an HSACO.
-
-    Fields: `name` of its entry, `shared` memory in bytes, `warps`, `target`, `triton` (the version that compiled it), `code`.
-    """
-
-    name: str
-    shared: int
-    warps: int
-    target: str
-    triton: str
-    code: bytes
-
-    def to_bytes(self) -> bytes:
-        """The file's content: a line of JSON, with a digest of the code, then the code."""
-        head = {"name": self.name, "shared": self.shared, "warps": self.warps, "target": self.target, "triton": self.triton,
-                "sha256": hashlib.sha256(self.code).hexdigest()}
-        return gzip.compress(json.dumps(head).encode() + b"\n" + self.code, mtime=0)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Image:
-        """The inverse of `to_bytes`; ValueError where the content is damaged."""
-        try:
-            head, _, code = gzip.decompress(data).partition(b"\n")
-            fields = json.loads(head)
-            digest = fields.pop("sha256")
-        except (OSError, EOFError, zlib.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a compiled kernel: {error}") from None
-        if hashlib.sha256(code).hexdigest() != digest:
-            raise ValueError("the code does not have the digest that it was written with")
-        return cls(**fields, code=code)
-
-
-@functools.cache
-def fingerprint(module: str) -> str:
-    """A digest of the source of a kernel's module and of every module of this package that holds device code."""
-    here = Path(__file__).parent
-    files = [p for p in sorted(here.glob("*.py")) if b"triton.jit" in (text := p.read_bytes()) and b"import triton" in text]
-    spec = importlib.util.find_spec(module)
-    own = Path(spec.origin) if spec is not None and spec.origin else None
-    if own is not None and own not in files:
-        files.append(own)
-    return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in files)).hexdigest()
-
-
-@functools.cache
-def triton_version() -> str | None:
-    """The version of the installed triton, without importing it; None where there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    for name in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return importlib.import_module("triton").__version__
-
-
-def cache_dir() -> Path:
-    """Where images are kept between processes: `$QFUNC_TRITON_CACHE`, or `qfunc/triton` of the user's cache folder."""
-    own = os.environ.get("QFUNC_TRITON_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qfunc" / "triton"
-    return base / f"triton-{triton_version() or 'none'}"
-
-
-_images: dict[tuple[Program, str], Image] = {}
-
-
-def find(program: Program, target: str) -> Image | None:
-    """The image of a program from this process, the cache on disk or the package; None where it would have to be compiled."""
-    if (program, target) in _images:
-        return _images[program, target]
-    name = f"{program.key(target)}.gz"
-    for folder in (cache_dir(), SHIPPED):
-        try:
-            image = Image.from_bytes((folder / name).read_bytes())
-        except (OSError, ValueError):           # absent, or damaged: compiled again
-            continue
-        return _images.setdefault((program, target), image)
-    return None
-
-
-def missing(program: Program, target: str) -> str | None:
-    """None, or why a program cannot be had for a target. Compiles nothing."""
-    if triton_version() is not None or find(program, target) is not None:
-        return None
-    return f"triton is not installed and no compiled {program.name} for {target} comes with the package"
-
-
-def compiled(program: Program, target: str) -> Image:
-    """The image of a program, compiled and kept where it is new.
-
-    Raises BridgeError where Triton refuses it, where there is no Triton, or where the kernel needs more shared memory than a program may
-    have: such a launch would fail on the device, while the compilation succeeds.
-    """
-    image = find(program, target)
-    if image is None:
-        reason = missing(program, target)
-        if reason is not None:
-            raise BridgeError(reason)
-        image = _compile(program, target)
-        with contextlib.suppress(OSError):      # a read-only home costs time, not correctness
-            write(cache_dir() / f"{program.key(target)}.gz", image.to_bytes())
-        _images[program, target] = image
-    limit = SHARED_MEMORY.get(target)
-    if limit is not None and image.shared > limit:
-        raise BridgeError(f"{program.name} for {target} needs {image.shared} bytes of shared memory, a program may have {limit}: {program}")
-    return image
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; several processes may write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-
-
-def function(program: Program):
-    """The `triton.jit` function of a program."""
-    module, _, name = program.kernel.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _compile(program: Program, target: str) -> Image:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    kernel = function(program)
-    if not isinstance(kernel, triton.JITFunction):
-        raise BridgeError(f"{program.kernel} is {type(kernel).__name__}, not a triton.jit function; TRITON_INTERPRET must not be set")
-    names = [name for name, _ in program.signature]
-    if names != list(kernel.arg_names):
-        raise BridgeError(f"{program.kernel} takes ({', '.join(kernel.arg_names)}), described are ({', '.join(names)})")
-    source = ASTSource(fn=kernel, signature=dict(program.signature), constexprs=dict(program.constexprs),
-                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in program.divisible})
-    amd = target.startswith("gfx")
-    machine = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {"num_warps": program.warps, "num_stages": program.stages, **dict(program.options)}
-    try:
-        built = triton.compile(source, target=machine, options=options)
-    except Exception as error:
-        raise BridgeError(f"{program.name} does not compile for {target}: {type(error).__name__}: {error}; {program}") from error
-    if getattr(built.metadata, "global_scratch_size", 0):
-        raise BridgeError(f"{program.name} needs global scratch memory (descriptors made on the device), which the custom call cannot give")
-    code = built.asm["hsaco"] if amd else built.asm["ptx"].encode()
-    return Image(built.metadata.name, built.metadata.shared, program.warps, target, triton.__version__, bytes(code))
-
-
-# ---- the custom call ---------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Operand:
@@ -341,17 +62,17 @@ def call(program: Program, arguments: Sequence[Operand | Result | Scalar], grid:
         target: as `target_of` gives it.
         label: the name that the custom call bears in the lowered text; by default the kernel's.
 
-    Returns the results; without a launch, zeros, where every result is empty or the grid is. Raises BridgeError.
+    Returns the results; without a launch, zeros, where every result is empty or the grid is. Raises KernelError.
     """
     grid = (*grid, 1, 1)[:3]
     if not all(grid) or all(math.prod(r.shape) == 0 for r in results):
         return [jnp.zeros(r.shape, r.dtype) for r in results]
     if any(count > limit for count, limit in zip(grid, GRID_LIMIT, strict=True)):
-        raise BridgeError(f"{program.name}: a grid of {grid} programs, the device takes at most {GRID_LIMIT}")
+        raise KernelError(f"{program.name}: a grid of {grid} programs, the device takes at most {GRID_LIMIT}")
     count = sum(isinstance(a, Operand) for a in arguments)
     run_time = [name for name, kind in program.signature if kind != "constexpr"]
     if count != len(arrays) or len(arguments) != len(run_time):
-        raise BridgeError(f"{program.name} has {len(run_time)} run-time arguments; described are {len(arguments)}, "
+        raise KernelError(f"{program.name} has {len(run_time)} run-time arguments; described are {len(arguments)}, "
                           f"{count} of them arrays, given are {len(arrays)} arrays")
     if os.environ.get("QFUNC_TRITON_BRIDGE") == "jax-triton":
         return _call_jax_triton(program, arguments, grid, arrays, results, target)
@@ -432,18 +153,37 @@ def _encode(kernel, grid, parameters, label: str) -> bytes:
 
 
 def _call_jax_triton(program: Program, arguments, grid, arrays, results, target: str) -> list[jax.Array]:
-    """The same call made by jax-triton, which wants every result behind everything else."""
-    kinds = [type(a) for a in arguments]
-    first = kinds.index(Result)
-    if any(kind is not Result for kind in kinds[first:]) or [a.index for a in arguments[first:]] != list(range(len(results))):
-        raise BridgeError(f"{program.name}: jax-triton takes results only behind all other run-time arguments")
+    """The same call made by jax-triton, which clears TRITON_CACHE_DIR when it is imported."""
     kept = os.environ.get("TRITON_CACHE_DIR")
-    import jax_triton                            # clears TRITON_CACHE_DIR
-    os.environ.pop("TRITON_CACHE_DIR", None) if kept is None else os.environ.__setitem__("TRITON_CACHE_DIR", kept)
-    given = iter(arrays)
-    values = [a.value if isinstance(a, Scalar) else next(given) for a in arguments[:first]]
+    import jax_triton
+    if kept is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = kept
+    names = [name for name, kind in program.signature if kind != "constexpr"]
+    named = list(zip(names, arguments, strict=True))
+    inputs = [name for name, a in named if isinstance(a, Operand)]
+    scalars = [(name, a.value) for name, a in named if isinstance(a, Scalar)]
+    outputs = sorted(((a.index, name, a.zero) for name, a in named if isinstance(a, Result)))
+    order = (*inputs, *(name for name, _ in scalars), *(name for _, name, _ in outputs), *(name for name, _ in program.constexprs))
     capability = {"compute_capability": int(target.removeprefix("sm_"))} if target.startswith("sm_") else {}
     return list(jax_triton.triton_call(
-        *values, kernel=function(program), out_shape=list(results), grid=grid, name=program.name, num_warps=program.warps,
-        num_stages=program.stages, zeroed_outputs=[a.index for a in arguments[first:] if a.zero], **capability,
-        **dict(program.constexprs)))
+        *arrays, *(value for _, value in scalars), kernel=_reordered(program, order), out_shape=list(results), grid=tuple(grid),
+        name=program.name, num_warps=program.warps, num_stages=program.stages,
+        zeroed_outputs=tuple(index for index, _, zero in outputs if zero), **capability, **dict(program.constexprs)))
+
+
+@functools.cache
+def _reordered(program: Program, order: tuple[str, ...]):
+    """The kernel with its arguments in jax-triton's order (arrays, numbers, results, constants), as a function that calls it."""
+    import triton
+    import triton.language as tl
+    constants = {name for name, _ in program.constexprs}
+    parameters = ", ".join(f"{name}: tl.constexpr" if name in constants else name for name in order)
+    own = ", ".join(name for name, _ in program.signature)
+    text = f"def {program.name}({parameters}):\n    inner({own})\n"
+    file = f"<{program.kernel} for jax-triton, {len(order)} arguments, {hash(order) & 0xffffff:x}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)     # triton.jit reads the source of what it compiles
+    space = {"inner": function(program), "tl": tl, "triton": triton, "__name__": __name__}
+    exec(compile(text, file, "exec"), space)
+    return triton.jit(space[program.name])

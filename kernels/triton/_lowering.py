@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _activation as _activation  # the references must be in the table first: what is registered later is preferred
+from .. import _export, _reference
 from .. import _grouped as _grouped
 from .. import _matmul as _matmul
-from .. import _export, _reference
-from .._dispatch import TARGETS, Call, Declined, Implementation, Packed, register
-from . import _bridge, _launch, _operands, _tables, _xla
+from .._dispatch import TARGETS, Call, Declined, Implementation, register
+from . import _bridge, _image, _launch, _operands, _tables, _target, _xla
 from ._launch import Config, Launch, Target
 
 PLATFORMS = ("cuda", "rocm")
@@ -24,13 +24,13 @@ LABEL = "qfunc_{}"
 def supports(call: Call, platform: str) -> str | None:
     """None, or why no Triton kernel runs this call; `Declined` where XLA's own product is expected to be faster."""
     if call.target is None:
-        return _bridge.missing_target(platform)
+        return _target.missing_target(platform)
     if any(0 in part.shape for part in call.x) or (call.packed is not None and 0 in call.w.matrix_shape):
         return Declined("nothing is computed of an empty operand")
     if call.primitive in MATMULS and (reason := _refuse_matmul(call)) is not None:
         return reason
     for part in _parts(call):
-        reason = _launch.refusal(part, Target.parse(call.target)) or _bridge.missing(program_of(planned(part)), call.target)
+        reason = _launch.refusal(part, Target.parse(call.target)) or _image.missing(program_of(planned(part)), call.target)
         if reason is not None:
             return reason
     return None
@@ -75,10 +75,10 @@ def planned(call: Call, config: Config | None = None) -> Launch:
     return _launch.describe(call, Target.parse(call.target), config or _tables.config(call, call.target))
 
 
-def program_of(launch: Launch) -> _bridge.Program:
+def program_of(launch: Launch) -> _image.Program:
     """What is compiled for a launch."""
     kernel = launch.kernel
-    return _bridge.Program(f"{kernel.module}:{kernel.function}", tuple(launch.signature.items()), tuple(launch.constexprs.items()),
+    return _image.Program(f"{kernel.module}:{kernel.function}", tuple(launch.signature.items()), tuple(launch.constexprs.items()),
                            launch.divisible, launch.num_warps, launch.num_stages)
 
 
@@ -157,7 +157,7 @@ RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": matmul, "quantize
 
 _export.CUSTOM_CALLS += [_bridge.TARGET, _bridge.JAX_TRITON_TARGET]
 for _platform in PLATFORMS:
-    TARGETS[_platform] = functools.partial(_bridge.target_of, _platform)
+    TARGETS[_platform] = functools.partial(_target.target_of, _platform)
 for _primitive in _xla.PRIMITIVES:
     register(_primitive, Implementation("xla", PLATFORMS, _xla.supports, _xla.matmul))
 for _primitive, _run in RUN.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._dispatch import Call
-from . import _bridge, _launch
+from . import _image, _launch, _target
 from ._launch import Config, Target
 
 PACKAGE = Path(__file__).parent / "tables"
@@ -105,7 +105,7 @@ def _row(values, where: str) -> Row:
 def user_dir() -> Path:
     """Where a user's own tables lie and are written: `$QFUNC_TRITON_TABLES`, or beside the cache of images."""
     own = os.environ.get("QFUNC_TRITON_TABLES")
-    return Path(own) if own else _bridge.cache_dir().parent / "tables"
+    return Path(own) if own else _image.cache_dir().parent / "tables"
 
 
 def read(path: Path) -> Table:
@@ -142,7 +142,7 @@ def device_name(target: str) -> str | None:
     from jax.extend import backend
     platform = "rocm" if target.startswith("gfx") else "cuda"
     client = backend.backends().get(platform)
-    kinds = {d.device_kind for d in client.local_devices()} if client is not None and _bridge.target_of(platform) == target else set()
+    kinds = {d.device_kind for d in client.local_devices()} if client is not None and _target.target_of(platform) == target else set()
     return next(iter(kinds)) if len(kinds) == 1 else None
 
 

@@ -16,7 +16,7 @@ import qfunc
 from qfunc.kernels import _reference
 from qfunc.kernels._dispatch import Declined, targeted
 from qfunc.kernels._matmul import describe
-from qfunc.kernels.triton import _bridge, _lowering, _tables
+from qfunc.kernels.triton import _bridge, _image, _lowering, _tables, _target
 
 TARGETS = {"cuda": "sm_90", "rocm": "gfx942"}
 
@@ -24,11 +24,11 @@ TARGETS = {"cuda": "sm_90", "rocm": "gfx942"}
 @pytest.fixture
 def hopper(monkeypatch):
     """Lowering for sm_90 without compiling anything."""
-    monkeypatch.setattr(_bridge, "_images", {})
-    monkeypatch.setattr(_bridge, "find", lambda program, target: _bridge._images.get((program, target)))
-    monkeypatch.setattr(_bridge, "write", lambda path, data: None)
-    monkeypatch.setattr(_bridge, "_compile", lowered.uncompiled)
-    with _bridge.lowering_for("sm_90"):
+    monkeypatch.setattr(_image, "_images", {})
+    monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
+    monkeypatch.setattr(_image, "write", lambda path, data: None)
+    monkeypatch.setattr(_image, "_compile", lowered.uncompiled)
+    with _target.lowering_for("sm_90"):
         yield
 
 
@@ -54,7 +54,7 @@ def test_every_scheme_becomes_kernels(target, monkeypatch, hopper):
     monkeypatch.setattr(_bridge, "_code_or_path", lambda program, image: "code")
     for scheme in SCHEMES if target == "sm_90" else SCHEMES[::9]:
         q = shapes(scheme)
-        with _bridge.lowering_for(target):
+        with _target.lowering_for(target):
             got = lowered.reached(lowered.lower(qfunc.matmul, x_of(3, 512), q, platform=platform))
         spec = q.scheme.activation
         products = 2 if spec is not None and spec.outlier_threshold is not None else 1
@@ -148,7 +148,7 @@ def test_another_target_traces_again(hopper):
     jitted = jax.jit(qfunc.matmul)
     texts = []
     for target in ("sm_90", "sm_80", "sm_90"):
-        with _bridge.lowering_for(target):
+        with _target.lowering_for(target):
             texts.append(jitted.trace(x, q).lower(lowering_platforms=("cuda",)).as_text())
     assert texts[0] == texts[2] and texts[0] != texts[1]
 
@@ -184,7 +184,8 @@ def test_a_permuted_weight_with_grouped_activations_is_refused_in_words(hopper):
 
 
 def test_gguf_runs_on_xla_with_its_reason(hopper):
-    q = jax.eval_shape(lambda: qfunc.QTensor(codes=jnp.zeros((256, 2 * 144), jnp.uint8), scheme=qfunc.scheme("gguf:q4_k"), dtype="bfloat16"))
+    codes = jax.ShapeDtypeStruct((256, 2 * 144), jnp.uint8)
+    q = qfunc.QTensor(codes=codes, scheme=qfunc.scheme("gguf:q4_k"), dtype="bfloat16")
     (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
     assert choice.implementation == "xla" and "decoder" in dict(choice.refused)["triton"]
 
@@ -222,7 +223,10 @@ def test_outlier_columns_are_a_product_of_their_own(rng, monkeypatch, hopper, gr
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16_g128", "fp8_dynamic", "fp8", "fp8_w8a16", "mxfp4", "nvfp4", "nf4", "w4a8_dynamic"])
+XLA = ["w8a8_dynamic", "w4a16_g128", "fp8_dynamic", "fp8", "fp8_w8a16", "mxfp4", "nvfp4", "nf4", "w4a8_dynamic"]
+
+
+@pytest.mark.parametrize("scheme", XLA)
 def test_xla_products_equal_the_reference(rng, hopper, scheme):
     x = jnp.asarray(rng.standard_normal((5, 256)), jnp.bfloat16)
     call, operands = random_call(rng, scheme, x, 256, 64)

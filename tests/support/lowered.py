@@ -51,6 +51,6 @@ def lower(fn, *args, platform: str = "cuda", **options) -> str:
 
 def uncompiled(program, target):
     """An image without code, in the place of a compilation: for tests of what is called, not of what it does."""
-    from qfunc.kernels.triton._bridge import Image
+    from qfunc.kernels.triton._image import Image
     code = hashlib.sha256(repr((program, target)).encode()).hexdigest().encode()
     return Image(program.name, 0, program.warps, target, "0", code)
