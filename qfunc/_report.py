@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._display import size_text
+from ._numerics import extreme
 from ._paths import leaf_path, nearest
 from ._qtensor import QTensor
 from ._rules import default_reason
@@ -197,7 +198,7 @@ def _ratio(error: float, norm: float) -> float:
 def _distance(q: QTensor, w):
     w = w.astype(jnp.float32)
     error = q.dequantize(jnp.float32) - w
-    return _norm(error), _norm(w), jnp.max(jnp.abs(error), initial=0)
+    return _norm(error), _norm(w), extreme(jnp.max, jnp.abs(error), None, initial=0)
 
 
 @jax.jit

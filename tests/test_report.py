@@ -78,6 +78,13 @@ def test_extremes_do_not_break_the_numbers():
     assert rows["b/kernel"]["relative_error"] < 0.01 and rows["c/kernel"]["relative_error"] < 0.01
 
 
+def test_a_weight_that_is_no_number_shows_in_every_error(rng):
+    w = {"kernel": jnp.asarray(rng.standard_normal((512, 96)), jnp.float32)}
+    q = qfunc.quantize(w, "w8a16")
+    row = qfunc.report({"kernel": w["kernel"].at[300, 61].set(jnp.nan)}, q).rows[0]
+    assert np.isnan(row["relative_error"]) and np.isnan(row["max_abs_error"])
+
+
 def test_an_exact_format_has_no_error():
     w = {"kernel": jnp.asarray(np.random.default_rng(1).integers(-7, 8, (128, 64)), jnp.float32).at[0].set(7)}
     report = qfunc.report(w, qfunc.quantize(w, "w4a16"))
