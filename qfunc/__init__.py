@@ -15,6 +15,7 @@ _PUBLIC = {
     "QuantizedActivation": "_activation", "Rule": "_rules", "Scheme": "_spec", "Statistics": "_calibrate", "WeightSpec": "_spec",
     "Checkpoint": "interop._checkpoint", "calibrate": "_calibrate", "dequantize": "_quantize", "explain": "kernels",
     "grouped_matmul": "kernels", "load": "interop._checkpoint", "load_model": "interop.model", "matmul": "kernels",
+    "merge": "_statistics", "merge_across": "_statistics", "observe": "_calibrate", "statistics_of": "_statistics",
     "quantize": "_quantize", "quantize_activation": "kernels", "report": "_report", "scheme": "_schemes", "schemes": "_schemes",
     "take": "kernels", "use": "kernels",
 }

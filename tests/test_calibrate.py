@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import qfunc
-from qfunc._calibrate import Statistics, as_statistics, calibrate, merge, merge_across, observe, statistics_of
+from qfunc import Statistics, calibrate, merge, merge_across, observe, statistics_of
+from qfunc._calibrate import as_statistics
 
 rng = np.random.default_rng()
 K, N, LAYERS = 6, 8, 5
