@@ -46,6 +46,8 @@ def found(fn, *args, **options):
 
 
 SCHEMES = [name for name in qfunc.schemes if "static" not in name and "actorder" not in name]
+BY_XLA = {"mxfp4_dual"}
+"""Schemes whose activations XLA quantizes: the kernel of rows does not know their rule."""
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -58,7 +60,7 @@ def test_every_scheme_becomes_kernels(target, monkeypatch, hopper):
             got = lowered.reached(lowered.lower(qfunc.matmul, x_of(3, 512), q, platform=platform))
         spec = q.scheme.activation
         products = 2 if spec is not None and spec.outlier_threshold is not None else 1
-        want = Counter(dense=products) + Counter(quantize_rows=int(spec is not None))
+        want = Counter(dense=products) + Counter(quantize_rows=int(spec is not None and scheme not in BY_XLA))
         assert lowered.operations(got) == Counter({("quantized_matmul", "triton"): 1}), scheme
         assert lowered.kernels(got) == want, scheme
 
