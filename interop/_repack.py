@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qfunc._pack import BLOCK, pack, packed_size, planes
+from qfunc._pack import BLOCK, pack, packed_size
 
+from . import _compiled
 from ._buffers import empty
+from ._streams import turn
 
 TILE = 2**18
 """Bytes of output that are converted at a time."""
@@ -103,17 +105,36 @@ def word_columns(words: np.ndarray, columns: int, fill: int = 0) -> np.ndarray:
 
 def awq_columns(words: np.ndarray, fill: int = 0) -> np.ndarray:
     """AWQ's packing to canonical rows: `words` uint32 [K, N / 8], eight outputs of one input a word, in AWQ_ORDER."""
+    out = _compiled.awq(words, fill)
+    return _awq_columns(words, fill) if out is None else out
+
+
+def _awq_columns(words: np.ndarray, fill: int) -> np.ndarray:
     columns, groups = words.shape
-    count = _blocks(columns)
-    out = empty((groups, 8, count, 64), np.uint8)
+    count, pairs = _blocks(columns), -(-groups // 2)
+    out = empty((2 * pairs * 8, count * 64), np.uint8)
+    places = out.view(np.uint64).reshape(pairs, 2, 8, count, 8)
     for block in range(count):
-        part = words[BLOCK * block: BLOCK * block + BLOCK]
-        if len(part) < BLOCK:
-            part = np.concatenate([part, np.zeros((BLOCK - len(part), groups), words.dtype)])
-        for span in tiles(groups, 512):
-            mixed = join(_bytes(part[:64, span]), _bytes(part[64:, span])).view(np.uint8).reshape(64, -1, 8)
-            out[span, AWQ_ORDER, block] = mixed.transpose(1, 2, 0)
-    return _finish(out.reshape(groups * 8, -1), columns, fill, 0)
+        for span in tiles(pairs, 1024):
+            part = words[BLOCK * block: BLOCK * block + BLOCK, 2 * span.start: 2 * span.stop]
+            missing = (BLOCK - len(part), -part.shape[1] % 2)
+            part = np.pad(part, [(0, m) for m in missing]) if any(missing) else part
+            for first, lanes in enumerate(_merged(part[:64], part[64:])):
+                turned = turn(lanes.view(np.uint64).reshape(8, 8, -1)).reshape(8, 2, 4, -1)
+                for byte in range(4):
+                    places[span, :, AWQ_ORDER[2 * byte + first], block] = turned[:, :, byte].transpose(2, 1, 0)
+    return _finish(out[: 8 * groups], columns, fill, 0)
+
+
+def _merged(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nibbles of `low` below those of `high`, the even and the odd nibbles of every word apart, a byte each."""
+    mask = np.array(0x0F0F0F0F, np.uint32)
+    even, odd = high & mask, low >> np.uint32(4)
+    np.left_shift(even, np.uint32(4), out=even)
+    np.bitwise_or(even, low & mask, out=even)
+    np.bitwise_and(odd, mask, out=odd)
+    np.bitwise_or(odd, high & ~mask, out=odd)
+    return even, odd
 
 
 def row_pairs(data: np.ndarray, flip: int = 8) -> np.ndarray:
@@ -156,46 +177,6 @@ def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
             code |= part[..., word + 1] << np.uint32(32 - shift)
         out[..., j] = code & np.uint32(2**bits - 1)
     return out.reshape(*words.shape[:-1], -1)[..., :count]
-
-
-def column_stream(words: np.ndarray, bits: int, columns: int, order: np.ndarray | None = None, fill: int = 0) -> np.ndarray:
-    """GPTQ's packing of any width to canonical rows (bytes for 8 bits): a bit stream along the first axis, uint32 [K b / 32, N].
-
-    `order` int [K]: the order in which the inputs are to be stored.
-    """
-    outs, count = words.shape[1], _blocks(columns)
-    order = np.arange(columns) if order is None else order
-    wide = BLOCK if bits == 8 else 16 * bits
-    out = empty((outs, columns if bits == 8 else count * wide), np.uint8)
-    mask = np.uint8(2**bits - 1)
-    for span in tiles(outs, 4 * BLOCK):
-        # The stream in bytes, so that everything after it moves a quarter of what words would.
-        data = words[:, span].astype("<u4").view(np.uint8).reshape(len(words), -1, 4).transpose(0, 2, 1).reshape(4 * len(words), -1)
-        for block in range(count):
-            start = order[BLOCK * block: BLOCK * block + BLOCK] * bits
-            byte, shift = start // 8, (start % 8).astype(np.uint8)[:, None]
-            codes = data[byte] >> shift
-            across = np.flatnonzero(shift[:, 0] + bits > 8)
-            if across.size:
-                codes[across] |= data[byte[across] + 1] << (np.uint8(8) - shift[across])
-            np.bitwise_and(codes, mask, out=codes)
-            if len(codes) < BLOCK and bits < 8:
-                codes = np.concatenate([codes, np.full((BLOCK - len(codes), codes.shape[1]), fill, np.uint8)])
-            packed = codes if bits == 8 else _pack_down(codes, bits)
-            out[span, wide * block: wide * block + len(packed)] = packed.T
-    return out
-
-
-def _pack_down(codes: np.ndarray, bits: int) -> np.ndarray:
-    """`qfunc._pack.pack` of one block of 128 codes along the first axis: uint8 [128, N] to [16 b, N]."""
-    parts = []
-    for width, low, _ in planes(bits):
-        digits = ((codes >> np.uint8(low)) & np.uint8(2**width - 1)).reshape(8 // width, 16 * width, -1)
-        byte = digits[0]
-        for i in range(1, 8 // width):
-            byte = byte | (digits[i] << np.uint8(i * width))
-        parts.append(byte)
-    return np.concatenate(parts)
 
 
 def padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:

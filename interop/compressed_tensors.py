@@ -21,6 +21,7 @@ from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import Layer, Parts, fill_of, scale_reader
 from ._repack import by_rows, nibble_rows, padded_words, six_bit_bytes, stream
+from ._streams import row_stream
 
 DENSE = "dense"
 EXPERTS = ("MoEGMM", "FusedMoE")
@@ -228,9 +229,9 @@ def packed_layer(config: Config, act: ActivationSpec | None, parts: Parts) -> La
             return nibble_rows(words.view(np.uint8), ins, fill)
 
         def unpack(rows):
-            out = _unpack(rows, bits, ins, is_dense)
+            out = padded_words(rows, bits, ins)
             return out if order is None else out[:, order]
-        out = by_rows(words, unpack, bits, ins, fill)
+        out = row_stream(words, bits, ins, order, fill) if is_dense else by_rows(words, unpack, bits, ins, fill)
         return (out ^ np.uint8(128)).view(np.int8) if code == "int8" else out
     return common.finish(parts, scheme, outs, ins, {"codes": codes, **readers})
 

@@ -19,7 +19,8 @@ from qfunc._spec import CHANNEL, WeightSpec, group
 from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import KINDS, SCALES, Layer, Parts, fill_of, value
-from ._repack import column_stream, stream, word_columns
+from ._repack import stream, word_columns
+from ._streams import column_stream
 
 BITS = (2, 3, 4, 8)
 

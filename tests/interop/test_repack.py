@@ -4,9 +4,21 @@ import numpy as np
 import pytest
 
 from qfunc._pack import pack, unpack
+from qfunc.interop import _compiled
 from qfunc.interop import _repack as repack
+from qfunc.interop import _streams as streams
 
 SIZES = [(16, 128), (24, 256), (8, 40), (16, 200), (40, 1024)]
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def implementation(request, monkeypatch):
+    """The compiled repacking, where it was built, and the one in numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(_compiled, "functions", lambda: None)
+    elif _compiled.functions() is None:
+        pytest.skip("no compiled repacking")
+    return request.param
 
 
 def codes(rows, columns, bits, seed=0):
@@ -42,7 +54,7 @@ def test_words_along_the_inputs(rows, columns):
 
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
-def test_awq_words(rows, columns):
+def test_awq_words(implementation, rows, columns):
     c = codes(rows, columns, 4)
     words = np.zeros((columns, rows // 8), np.uint32)
     for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
@@ -52,17 +64,47 @@ def test_awq_words(rows, columns):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
-def test_streams(rows, columns, bits):
+def test_streams(implementation, rows, columns, bits):
     c = codes(rows, columns, bits)
     words = bit_stream(c, bits)
     assert np.array_equal(repack.stream(words, bits, columns), c)
     want = c if bits == 8 else pack(c, bits, 1)
     order = np.random.default_rng(1).permutation(columns)
-    assert np.array_equal(repack.column_stream(np.ascontiguousarray(words.T), bits, columns, fill=1), want)
-    got = repack.column_stream(np.ascontiguousarray(words.T), bits, columns, order, 1)
-    assert np.array_equal(got if bits == 8 else unpack(got, bits, columns), c[:, order])
+    down = np.ascontiguousarray(words.T)
+    order = np.random.default_rng(1).permutation(columns)
+    for got in (streams.column_stream(down, bits, columns, fill=1), streams.row_stream(words, bits, columns, fill=1)):
+        assert np.array_equal(got, want) and got.ctypes.data % 64 == 0
+    for got in (streams.column_stream(down, bits, columns, order, 1), streams.row_stream(words, bits, columns, order, 1)):
+        assert np.array_equal(got, c[:, order] if bits == 8 else pack(c[:, order], bits, 1))
     rows_ = repack.by_rows(words, lambda part: repack.stream(part, bits, columns), bits, columns, 1)
     assert np.array_equal(rows_, want)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_streams_of_more_outputs_than_a_tile(implementation, bits):
+    c = codes(streams.COLUMNS + 40, 160, bits)
+    words = bit_stream(c, bits)
+    want = c if bits == 8 else pack(c, bits, 2)
+    assert np.array_equal(streams.column_stream(np.ascontiguousarray(words.T), bits, 160, fill=2), want)
+    assert np.array_equal(streams.row_stream(words, bits, 160, fill=2), want)
+
+
+@pytest.mark.skipif(_compiled.functions() is None, reason="no compiled repacking")
+def test_the_compiled_code_is_never_asked_to_read_beyond_its_words():
+    words = np.zeros((3, 8), np.uint32)
+    assert _compiled.stream(words, 3, 33, None, 0, 0) is None
+    assert _compiled.stream(words, 3, 32, np.full(32, 32), 0, 0) is None
+    assert _compiled.stream(words, 3, 32, np.arange(31), 0, 0) is None
+    assert _compiled.stream(words, 3, 32, np.arange(32), 0, 0) is not None
+
+
+@pytest.mark.parametrize("outs", [8, 24, 520])
+def test_awq_words_of_any_number_of_groups(implementation, outs):
+    c = codes(outs, 256, 4)
+    words = np.zeros((256, outs // 8), np.uint32)
+    for nibble, column in enumerate(repack.AWQ_ORDER):
+        words |= c.T[:, column::8].astype(np.uint32) << np.uint32(4 * nibble)
+    assert np.array_equal(repack.awq_columns(words), pack(c, 4))
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
@@ -96,5 +138,5 @@ def test_tiled_scales(rows, columns):
 
 def test_results_start_on_a_cache_line_so_that_jax_need_not_copy():
     for out in (repack.nibble_rows(np.zeros((8, 64), np.uint8), 128), repack.awq_columns(np.zeros((128, 4), np.uint32)),
-                repack.column_stream(np.zeros((12, 16), np.uint32), 3, 128), repack.word_columns(np.zeros((16, 8), np.uint32), 128)):
+                streams.column_stream(np.zeros((12, 16), np.uint32), 3, 128), repack.word_columns(np.zeros((16, 8), np.uint32), 128)):
         assert out.ctypes.data % 64 == 0
