@@ -117,7 +117,7 @@ def coded(v, s, z, CODE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, EX
 
 @triton.jit
 def quantize_rows(x, up, gain, given, given_zero, codes, scale, zero, M, K, GROUPS,
-                  BR: tl.constexpr, BK: tl.constexpr, ONE: tl.constexpr, SPREAD: tl.constexpr, FRONT: tl.constexpr, EPS: tl.constexpr,
+                  BR: tl.constexpr, BK: tl.constexpr, SPREAD: tl.constexpr, FRONT: tl.constexpr, EPS: tl.constexpr,
                   SHIFT: tl.constexpr, CELL: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
                   DIVISOR: tl.constexpr, CLIP: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr, EXPONENT: tl.constexpr,
                   MANTISSA: tl.constexpr, ROUNDING: tl.constexpr, ASYMMETRIC: tl.constexpr, INNER_LOW: tl.constexpr,

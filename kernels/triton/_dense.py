@@ -64,10 +64,10 @@ def dense(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, l
     zero_base = scale
     if ZERO != "none":
         zero_base = zero + s_base
-    tile = product(x + matrix * M * K, m.to(tl.int64) * K, x_scale, (matrix * M + m) * X_GROUPS, zx, codes + w_base,
-                   n.to(tl.int64) * ROW, scale + s_base, seconds, levels, mean, outer, zero_base, s_row, table, K, first, last,
-                   BM, BN, RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE,
-                   X_ZERO, PLACE)
+    tile = product(x + matrix * M * K, m.to(tl.int64) * K, x_scale, (matrix * M + m) * X_GROUPS, zx, codes + w_base, n.to(tl.int64) *
+                   ROW, scale + s_base, seconds, levels, mean, outer, zero_base, s_row, GROUPS, X_GROUPS, table, K, first, last, BM, BN,
+                   RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE, X_ZERO,
+                   PLACE)
     if HAS_BIAS:
         tile += along_n(tl.load(bias + matrix * N + n).to(tl.float32), SWAP)
     slab = tl.program_id(1) * tl.num_programs(2) + matrix

@@ -73,10 +73,10 @@ def grouped(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table,
         zero_base = scale
         if ZERO != "none":
             zero_base = zero + s_base
-        tile = product(x, src.to(tl.int64) * K, x_scale, src.to(tl.int64) * X_GROUPS, zx, codes + matrix * N * ROW,
-                       n.to(tl.int64) * ROW, scale + s_base, seconds, levels, mean, outer, zero_base, s_row, table, K, 0,
-                       tl.cdiv(K, 128), BM, BN, RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP,
-                       X_CODE, X_GROUP, X_SCALE, X_ZERO, PLACE)
+        tile = product(x, src.to(tl.int64) * K, x_scale, src.to(tl.int64) * X_GROUPS, zx, codes + matrix * N * ROW, n.to(tl.int64) * ROW,
+                       scale + s_base, seconds, levels, mean, outer, zero_base, s_row, GROUPS, X_GROUPS, table, K, 0, tl.cdiv(K, 128),
+                       BM, BN, RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE,
+                       X_ZERO, PLACE)
         if HAS_BIAS:
             tile += along_n(tl.load(bias + matrix * N + n).to(tl.float32), SWAP)
         if WEIGHTED:

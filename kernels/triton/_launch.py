@@ -6,6 +6,7 @@ the ahead-of-time checks compile for every target, so that what is proved is wha
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,7 @@ class Launch:
         results: (name, ShapeDtypeStruct) of the outputs that are present, in order.
         scalars: values of the integers; constants: values of the compile-time constants.
         grid, num_warps, num_stages: as Triton has them.
+        fusion: whether the compiler may fuse a product and a sum into one rounding.
         split: slabs that `_operands.finish` adds; 1 where the kernel writes the result itself.
     """
 
@@ -121,6 +123,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     split: int = 1
+    fusion: bool = True
 
     @property
     def signature(self) -> dict[str, str]:
@@ -150,46 +153,48 @@ class Launch:
         return tuple(struct for _, struct in self.results)
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
         """Keyword arguments of `triton.compile(options=...)`."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fusion}
+
+
+PLANS = {"quantized_matmul": "_plan_matmul", "quantized_grouped_matmul": "_plan_matmul", "quantize_activation": "_plan_rows",
+         "take": "_plan_take"}
+"""Primitive to the module that describes its launches."""
+
+
+def _plan(call: Call):
+    return importlib.import_module(f".{PLANS[call.primitive]}", __package__)
 
 
 def refusal(call: Call, target: Target) -> str | None:
     """None, or why no kernel takes this call on this target, in words that a user understands."""
-    from . import _plan_matmul, _plan_rows
     if str(target) not in SHARED_MEMORY:
         return f"the kernels were not checked for {target}, only for {', '.join(SHARED_MEMORY)}"
-    plans = {"quantized_matmul": _plan_matmul, "quantized_grouped_matmul": _plan_matmul, "quantize_activation": _plan_rows}
-    if call.primitive not in plans:
+    if call.primitive not in PLANS:
         return f"there is no kernel of {call.primitive}"
-    return plans[call.primitive].refusal(call, target)
+    return _plan(call).refusal(call, target)
 
 
 def describe(call: Call, target: Target, config: Config | None = None) -> Launch:
-    """The launch of a call that `refusal` accepts.
+    """The launch of a call that `refusal` accepts; NotImplementedError with the reason where it does not.
 
     A matmul whose activation is float but is to be quantized is described with its codes: they come from a launch (or primitive) of
     its own, `_operands.activation`. `config` is adapted to the call where it must be (`adapt`); None takes `default_config`.
     """
-    from . import _plan_matmul, _plan_rows
     if (reason := refusal(call, target)) is not None:
         raise NotImplementedError(f"{call.primitive} on {target}: {reason}")
-    config = adapt(call, target, config or default_config(call, target))
-    plan = _plan_rows if call.primitive == "quantize_activation" else _plan_matmul
-    return plan.describe(call, target, config)
+    return _plan(call).describe(call, target, adapt(call, target, config or default_config(call, target)))
 
 
 def default_config(call: Call, target: Target) -> Config:
     """The tiles that a call gets where no tuning table knows better."""
-    from . import _plan_matmul, _plan_rows
-    return (_plan_rows if call.primitive == "quantize_activation" else _plan_matmul).default_config(call, target)
+    return _plan(call).default_config(call, target)
 
 
 def adapt(call: Call, target: Target, config: Config) -> Config:
     """A config in which this call is legal: tiles no smaller than the hardware's, split_k no larger than the steps there are."""
-    from . import _plan_matmul, _plan_rows
-    return (_plan_rows if call.primitive == "quantize_activation" else _plan_matmul).adapt(call, target, config)
+    return _plan(call).adapt(call, target, config)
 
 
 def struct(shape, dtype) -> jax.ShapeDtypeStruct:

@@ -91,6 +91,12 @@ def arrays(launch: Launch, x: tuple, w, sizes=None, bias=None) -> list[jax.Array
     return [given[name].reshape(shape.shape) for name, shape in launch.arrays]
 
 
+def take_arrays(launch: Launch, ids, w) -> list[jax.Array]:
+    """The launch's input arrays of a `take`."""
+    made = {"ids": ids, "table": TABLES.get(w.scheme.weight.code), "levels": dynamic_map(), **w.leaves}
+    return [jnp.asarray(made[name]).reshape(shape.shape).astype(shape.dtype) for name, shape in launch.arrays]
+
+
 def finish(launch: Launch, call: Call, y, bias=None) -> jax.Array:
     """The result of the call from the kernel's: slabs added from the first to the last, bias, cast and shape."""
     shape = (*call.x[0].shape[:-1], call.w.matrix_shape[-1])

@@ -92,6 +92,8 @@ def _refuse_sizes(call: Call, target: Target) -> str | None:
         return "an empty product"
     if max(columns, rows, count) >= 2**30:
         return f"an axis of {max(columns, rows, count)}, which 32-bit indices do not reach safely"
+    if math.prod(w.matrix_shape[:-2]) > 65535 and call.sizes is None:
+        return f"{math.prod(w.matrix_shape[:-2])} matrices, more than one launch has room for"
     for name, size in (("weight", weight_group(call)), ("activation", activation_group(call))):
         if size < columns and size % STEP and size not in (16, 32, 64):
             return f"{name} groups of {size}: expected 16, 32, 64 or a multiple of {STEP}"
@@ -240,11 +242,12 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     granularity = spec.granularity
     constants = dict(
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
-        EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee", CODE=_code_kind(element.name),
+        EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee", CODE=code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
-        SCALE2=_second(w, kind), GROUP=own if own < columns else WHOLE,
-        SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1), X_CODE=_code_kind(call.spec.code) if call.quantized else "float",
-        X_GROUP=theirs if theirs < columns else 0, X_SCALE=call.quantized, X_ZERO=len(call.x) > 2, PLACE=place, HAS_BIAS="bias" in arrays)
+        SCALE2=second_kind(w, kind), GROUP=own if own < columns else WHOLE,
+        SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1), X_GROUP=theirs if theirs < columns else 0,
+        X_CODE=code_kind(call.spec.code) if call.quantized else "float", X_SCALE=call.quantized,
+        X_ZERO=len(call.x) > 2, PLACE=place, HAS_BIAS="bias" in arrays)
     scalars = dict(M=count, N=rows, K=columns, ROW=w.codes.shape[-1], GROUPS=w.scale.shape[-1], X_GROUPS=-(-columns // theirs))
     tiles = -(-count // config.block_m) * -(-rows // config.block_n)
     grid = (tiles, split, leading)
@@ -283,12 +286,13 @@ def _place(size: int, columns: int) -> int:
     return 0 if size >= columns else 1 if size % STEP == 0 else 2
 
 
-def _second(w, kind: str) -> str:
+def second_kind(w, kind: str) -> str:
+    """Where the second scale of two-level formats lies: none, one of a matrix, one of a row, or one of 256 scales."""
     if w.scale2 is None:
         return "none"
     return "nested" if kind == "nested" else "row" if w.scale2.shape[-2] > 1 else "matrix"
 
 
-def _code_kind(name: str) -> str:
+def code_kind(name: str) -> str:
     """`int`, `table`, or the name of a small float: what the decoders tell apart beyond the number of bits."""
     return "int" if code(name).integer else "table" if name in ("nf4", "fp4_bnb") else name

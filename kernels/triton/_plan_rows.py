@@ -91,11 +91,13 @@ def describe(call: Call, target: Target, config: Config, front: str = "none", ga
     constants = dict(
         BR=config.block_m, BK=config.block_k, SPREAD=spread, FRONT=front, EPS=float(eps), SHIFT=float(shift), CELL=cell, GROUP=group,
         CODE="int" if element.integer else spec.code, LOW=float(-element.highest if spared else element.lowest),
-        HIGH=float(element.highest), DIVISOR=divisor(spec, element), CLIP=float(np.float32(spec.clip)), RULE="two_level" if spec.outer is not None else spec.scale_rule, EMAX=_scales.MX_ELEMENTS.get(spec.code, (0, 0))[0], EXPONENT=exponent, MANTISSA=mantissa, ROUNDING=spec.rounding,
+        HIGH=float(element.highest), DIVISOR=divisor(spec, element), CLIP=float(np.float32(spec.clip)), ROUNDING=spec.rounding,
+        RULE="two_level" if spec.outer is not None else spec.scale_rule, EMAX=_scales.MX_ELEMENTS.get(spec.code, (0, 0))[0],
+        EXPONENT=exponent, MANTISSA=mantissa,
         ASYMMETRIC=spec.zero is not None, INNER_LOW=E4M3_SMALLEST, INNER_HIGH=E4M3_LARGEST)
     grid = (-(-rows // config.block_m), -(-columns // config.block_k) if spread else 1, 1)
     return Launch(ROWS, tuple(arrays.items()), types, tuple(results.items()), dict(M=rows, K=columns, GROUPS=groups), constants, grid,
-                  config.num_warps, config.num_stages)
+                  config.num_warps, config.num_stages, fusion=False)
 
 
 def divisor(spec, element) -> float:

@@ -19,14 +19,22 @@ def total(v, SWAP: tl.constexpr, OF_WEIGHT: tl.constexpr, INTEGER: tl.constexpr)
 
 
 @triton.jit
+def cell(k, GROUP: tl.constexpr, GROUPS, EVEN: tl.constexpr):
+    """Index of the group of element k; the last one where k lies in what fills the last block."""
+    if EVEN:
+        return k // GROUP
+    else:
+        return min(k // GROUP, GROUPS - 1)
+
+
+@triton.jit
 def settle(part, x_sum, w_sum, k, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr, s_row,
-           SWAP: tl.constexpr, DOT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr,
-           GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, X_ZERO: tl.constexpr, PLACE: tl.constexpr):
+           GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE):
     """The sums of one segment, which starts at the contracted element k, with zero points taken off and scales put on; float32.
 
     One scale for all of a token comes last, outside; with one segment alone it comes first, as the reference multiplies.
     """
-    at = s_row + k // GROUP
+    at = s_row + cell(k, GROUP, GROUPS, EVEN)
     if X_ZERO:
         part -= along_n(w_sum, SWAP) * along_m(x_zero, SWAP)
     if DOT == "s8" and BITS == 8 and ZERO == "int":
@@ -42,13 +50,13 @@ def settle(part, x_sum, w_sum, k, x_scale_ptr, x_scale_row, x_zero, scale_ptr, s
             extra *= tl.load(x_scale_ptr + x_scale_row)
         y += along_n(tl.load(zero_ptr + at).to(tl.float32), SWAP) * along_m(extra, SWAP)
     if X_SCALE and PLACE > 0 and X_GROUP > 0:
-        y *= along_m(tl.load(x_scale_ptr + x_scale_row + k // X_GROUP), SWAP)
+        y *= along_m(tl.load(x_scale_ptr + x_scale_row + cell(k, X_GROUP, X_GROUPS, EVEN)), SWAP)
     return y
 
 
 @triton.jit
 def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr,
-            s_row, table_ptr, K, first, last,
+            s_row, GROUPS, X_GROUPS, table_ptr, K, first, last,
             BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
             PRECISION: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
             SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, X_CODE: tl.constexpr, X_GROUP: tl.constexpr,
@@ -116,7 +124,7 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                     if BITS & 1:
                         code |= ((single >> ((digit * WIDE + jw // 16) & 7).to(tl.uint8)) & 1) << (BITS - 1)
                 if ZERO == "int":
-                    offset = along_n(tl.load(zero_ptr + s_row + (start + run * RUN) // GROUP), SWAP)
+                    offset = along_n(tl.load(zero_ptr + s_row + cell(start + run * RUN, GROUP, GROUPS, EVEN)), SWAP)
                 else:
                     offset = tl.full((1, 1), OFFSET, tl.uint8)
                 w = decode(code, offset, table_ptr, CODE, BITS, ZERO, DOT)
@@ -132,18 +140,19 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                     part = tl.dot(x, w, acc=part, input_precision=PRECISION, out_dtype=SUM)
                 if PLACE == 2:
                     acc += settle(part, x_sum, w_sum, start + run * RUN, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr,
-                                  levels_ptr, mean, outer, zero_ptr, s_row, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP,
-                                  X_SCALE, X_ZERO, PLACE)
+                                  levels_ptr, mean, outer, zero_ptr, s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2,
+                                  GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
         if PLACE == 1:
             acc += settle(part, x_sum, w_sum, base, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer,
-                          zero_ptr, s_row, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
+                          zero_ptr, s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO,
+                          PLACE)
         elif PLACE == 0 and FRESH:
             acc += part
     if PLACE == 0:
         if not FRESH:
             acc = part
         y = settle(acc, x_sum, w_sum, 0, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr,
-                   s_row, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
+                   s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
     elif X_SCALE and X_GROUP == 0:
         y = acc * along_m(tl.load(x_scale_ptr + x_scale_row), SWAP)
     else:

@@ -1,11 +1,12 @@
 """Triton's interpreter, repaired for tests, and the launcher of a `Launch` on CPU arrays. TRITON_INTERPRET=1 must be set before import.
 
-The interpreter keeps bfloat16 as 16-bit integers and multiplies the bit patterns, truncates casts to it, and trips over numpy >= 2.4 in
-`range` of a run-time value. The repair replaces four methods with ones that go through float32, rounds casts to even, and sums integer
-products in float64, which is exact for every sum that int32 holds.
+The interpreter keeps bfloat16 as 16-bit integers and multiplies the bit patterns, truncates casts to it, trips over numpy >= 2.4 in
+`range` of a run-time value, and loses subnormals of fp8. The repair replaces methods with ones that go through float32, rounds casts to
+even, and sums integer products in float64, which is exact for every sum that int32 holds.
 """
 
 import importlib
+import inspect
 import os
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -18,12 +19,15 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 BF16 = tl.bfloat16
+FP8 = {tl.float8e4nv: jnp.float8_e4m3fn, tl.float8e5: jnp.float8_e5m2}
 Handle = interpreter.TensorHandle
 Builder = interpreter.InterpreterBuilder
 
 
 def widen(handle):
-    """The float32 values of a bfloat16 handle; other handles' own data."""
+    """The float32 values of a bfloat16 or fp8 handle; other handles' own data."""
+    if handle.dtype.scalar in FP8:
+        return handle.data.view(FP8[handle.dtype.scalar]).astype(np.float32)
     return (handle.data.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == BF16 else handle.data
 
 
@@ -57,7 +61,7 @@ def _repair():
         if left.dtype.scalar.is_int():
             value = (left.data.astype(np.float64) @ right.data.astype(np.float64)).astype(total.data.dtype)
             return Handle(value + total.data, total.dtype.scalar)
-        if BF16 in (left.dtype.scalar, right.dtype.scalar):
+        if left.dtype.scalar in FP8 or BF16 in (left.dtype.scalar, right.dtype.scalar):
             return Handle(widen(left) @ widen(right) + total.data, total.dtype.scalar)
         return dot(self, left, right, total, precision, imprecise)
 
@@ -78,45 +82,51 @@ def _repair():
 _repair()
 
 
-def to_torch(array):
-    """A JAX or numpy array as a torch tensor of the same bits; fp8 as bytes, bfloat16 as bfloat16."""
-    array = np.ascontiguousarray(array)
-    if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype.name.startswith("float8"):
-        return torch.from_numpy(array.view(np.uint8))
-    return torch.from_numpy(array.copy())
+GUARD = 4096
+"""Bytes in front of and behind every array that hold a pattern: what is read there makes a result wrong, what is written there is found."""
 
 
-def to_numpy(tensor, dtype):
-    """The inverse of `to_torch`."""
-    dtype = np.dtype(dtype)
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(dtype)
-    return tensor.numpy().view(dtype)
+class Guarded:
+    """An array in the middle of a larger buffer of bytes 0xFF (NaN as any float, -1 as an integer)."""
+
+    def __init__(self, array, pointer: str):
+        array = np.ascontiguousarray(array)
+        self.dtype, self.shape, size = array.dtype, array.shape, array.nbytes
+        self.buffer = np.full(size + 2 * GUARD, 0xFF, np.uint8)
+        self.buffer[GUARD:GUARD + size] = array.reshape(-1).view(np.uint8)
+        inner = torch.from_numpy(self.buffer)[GUARD:GUARD + size]
+        self.tensor = inner.view(TORCH[pointer]).reshape(self.shape)
+
+    @property
+    def array(self):
+        """The array as numpy; AssertionError where something was written outside of it."""
+        size = self.buffer.size - 2 * GUARD
+        assert (self.buffer[:GUARD] == 0xFF).all() and (self.buffer[GUARD + size:] == 0xFF).all(), "a kernel wrote outside of an array"
+        return self.buffer[GUARD:GUARD + size].view(self.dtype).reshape(self.shape)
+
+
+TORCH = {"*i8": torch.int8, "*u8": torch.uint8, "*i32": torch.int32, "*fp32": torch.float32, "*fp16": torch.float16,
+         "*bf16": torch.bfloat16, "*fp8e4nv": torch.float8_e4m3fn, "*fp8e5": torch.float8_e5m2}
 
 
 def poisoned(struct):
     """An output that is wrong wherever a kernel does not write: NaN, or the byte 0xAA."""
     dtype = np.dtype(struct.dtype)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
-        return to_torch(np.full(struct.shape, np.nan, dtype))
-    return to_torch(np.full(int(np.prod(struct.shape)) * dtype.itemsize, 0xAA, np.uint8).view(dtype).reshape(struct.shape))
+        return np.full(struct.shape, np.nan, dtype)
+    return np.full(int(np.prod(struct.shape)) * dtype.itemsize, 0xAA, np.uint8).view(dtype).reshape(struct.shape)
 
 
 def launch(described, arrays):
     """Run a `Launch` on these arrays (in its order); returns its outputs as numpy arrays."""
     kernel = described.kernel
     function = getattr(importlib.import_module(kernel.module), kernel.function)
-    given = {}
+    assert tuple(inspect.signature(function.fn).parameters) == kernel.arguments, kernel
+    types, held = described.signature, {}
     for (name, struct), array in zip(described.arrays, arrays, strict=True):
         assert tuple(array.shape) == struct.shape and array.dtype == struct.dtype, (name, array.shape, array.dtype, struct)
-        given[name] = to_torch(array)
-    outputs = {name: poisoned(struct) for name, struct in described.results}
-    values = {**described.constexprs, **given, **outputs, **described.scalars}
-    types = described.signature
-    for name, value in list(values.items()):
-        if types[name] in ("*fp8e4nv", "*fp8e5"):
-            values[name] = value.view(torch.float8_e4m3fn if types[name] == "*fp8e4nv" else torch.float8_e5m2)
+        held[name] = Guarded(np.asarray(array), types[name])
+    held |= {name: Guarded(poisoned(struct), types[name]) for name, struct in described.results}
+    values = {**described.constexprs, **{name: guarded.tensor for name, guarded in held.items()}, **described.scalars}
     function[described.grid](*(values[name] for name in kernel.arguments))
-    return [to_numpy(outputs[name], struct.dtype) for name, struct in described.results]
+    return [held[name].array.copy() for name, _ in described.results]
