@@ -2,6 +2,8 @@
 
     {"length": int32 [], "layers": ({"k": {"codes": [B, S, heads, D], ...}, "v": {...}}, ...)}
 
+Of stacked layers the entries are stacked, too: `layers` is one `{"k": ..., "v": ...}` with a leading axis. An entry `pad` int32 [B] beside
+`length` says how many slots in front of each text are empty, where texts of different lengths are padded.
 Entries are quantized when they are written and decoded when attention reads them. Formats per token have one scale for every token and
 head, made when the token is written; static formats take theirs from the leaves `k_scale`, `v_scale` (and `k_zero`, `v_zero`) of the
 attention module, which are one number, one per head or one per channel.
@@ -40,8 +42,8 @@ FORMATS: dict[str, Format] = {
 """Names that `ModelConfig.cache` takes."""
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> dict:
-    """An empty cache for `batch` texts of at most `length` tokens.
+def init_cache(config: ModelConfig, batch: int, length: int, pad=None) -> dict:
+    """An empty cache for `batch` texts of at most `length` tokens, padding included; `pad` int [B] as above, or None.
 
     Raises: ValueError for an unknown format.
     """
@@ -54,9 +56,11 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> dict:
         shapes = {"k": (1, latent.kv_rank, form), "v": (1, latent.rope, plain)}
     else:
         shapes = {name: (config.num_key_value_heads, config.head_dim, form) for name in ("k", "v")}
-    layers = tuple({name: _empty((batch, length, heads, size), own, dtype) for name, (heads, size, own) in shapes.items()}
-                   for _ in range(config.num_hidden_layers))
-    return {"length": jnp.zeros((), jnp.int32), "layers": layers}
+    def layer(lead=()):
+        return {name: _empty((*lead, batch, length, heads, size), own, dtype) for name, (heads, size, own) in shapes.items()}
+    count = config.num_hidden_layers
+    layers = layer((count,)) if config.scan else tuple(layer() for _ in range(count))
+    return {"length": jnp.zeros((), jnp.int32), "layers": layers, **({} if pad is None else {"pad": jnp.asarray(pad, jnp.int32)})}
 
 
 def _empty(shape, form: Format, dtype) -> dict:
@@ -70,7 +74,8 @@ def _empty(shape, form: Format, dtype) -> dict:
 
 def capacity(cache: Mapping) -> int:
     """How many tokens a cache has room for."""
-    return cache["layers"][0]["k"]["codes"].shape[1]
+    layers = cache["layers"]
+    return (layers if isinstance(layers, Mapping) else layers[0])["k"]["codes"].shape[-3]
 
 
 def update(entry: Mapping, x, start, name: str, format: str, scales: Mapping):

@@ -96,6 +96,7 @@ class ModelConfig:
         eos: token ids that end a text.
         axis: inside shard_map, the mesh axis over which heads and inner sizes are split (`qfunc.layers.parallel` sets it); the numbers
             of heads are then those of one device. `split_experts`: whole experts are split over it instead of their inner size.
+        scan: the layers are one stack that runs under `lax.scan` (`qfunc.layers.stack` sets it).
     """
 
     family: str
@@ -127,6 +128,7 @@ class ModelConfig:
     eos: tuple[int, ...] = ()
     axis: str | None = None
     split_experts: bool = False
+    scan: bool = False
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:

@@ -1,4 +1,6 @@
-"""Quantize an existing flax nnx model without touching its code.
+"""flax nnx: modules over the functions of this package, and existing models quantized without touching their code.
+
+`Attention`, `Embedding`, `Experts`, `LayerNorm`, `Linear`, `MLP`, `MoE`, `RMSNorm` are described in `qfunc.layers.modules`.
 
 The parameters of a copy of the model become packed, and each module that owns one directly gets a subclass of its own class, whose
 methods run the original ones through `qfunc.layers.functional`. All other modules, and all state, stay what they were: attributes,
@@ -23,8 +25,10 @@ from qfunc._rules import match, normalise
 
 from ._axes import weight_axes
 from ._functional import functional
+from .modules import MLP, Attention, Embedding, Experts, Layer, LayerNorm, Linear, MoE, RMSNorm
 
-nnx.register_data_type(QTensor)
+__all__ = ["MLP", "Attention", "Embedding", "Experts", "LayerNorm", "Linear", "MoE", "RMSNorm", "nnx_function", "packed_class",
+           "quantize_nnx", "weight_axes"]
 
 
 def quantize_nnx(model, scheme_or_rules, *, calibration=None, inputs: tuple | Mapping | None = None, check: bool = True,
@@ -57,7 +61,7 @@ def quantize_nnx(model, scheme_or_rules, *, calibration=None, inputs: tuple | Ma
     packed = qfunc.quantize(params, scheme_or_rules, calibration=calibration, check=check, progress=progress, orientations=known)
     out = nnx.merge(graph, packed, rest, copy=True)
     for _, module in nnx.iter_modules(out):
-        if any(_holds(value) for value in vars(module).values()):
+        if not isinstance(module, Layer) and any(_holds(value) for value in vars(module).values()):
             object.__setattr__(module, "__class__", packed_class(type(module)))
     return out
 
@@ -106,11 +110,17 @@ def _einsum(module: nnx.Einsum, shape) -> Orientation | str:
     return f"the kernel of an nnx.Einsum {module.einsum_str!r}"
 
 
-def _embed(module: nnx.Embed, shape) -> Orientation:
+def _embed(module: nnx.Embed | Embedding, shape) -> Orientation:
     return Orientation(len(shape) - 2, transposed=True)
 
 
+def _own_linear(module: Linear, shape) -> Orientation:
+    return Orientation(len(shape) - 2)
+
+
 KERNELS: tuple[tuple[type, str, Callable], ...] = (
+    (Linear, "kernel", _own_linear),
+    (Embedding, "weight", _embed),
     (nnx.LinearGeneral, "kernel", _general),
     (nnx.Linear, "kernel", _linear),
     (nnx.Einsum, "kernel", _einsum),

@@ -95,17 +95,20 @@ def parallel_apply(mesh, params: Mapping, config: ModelConfig) -> Callable:
     data = "data" if "data" in mesh.axis_names else None
     split_logits = "lm_head" in params and any(axis in (spec or ()) for spec in jax.tree.leaves(specs["lm_head"]))
 
-    def run(params, ids, cache, config: ModelConfig, *, last: bool = False):
+    def run(params, ids, cache, config: ModelConfig, *, last: bool = False, pad=None):
         heads = config.num_attention_heads // count
         # Latent attention has a row for all heads, which every device keeps; the number of its key heads says nothing.
         shared = heads if config.latent is not None else config.num_key_value_heads // count
         local = config.replace(num_attention_heads=heads, num_key_value_heads=shared, axis=axis, split_experts=axis == "ep")
         cached = P(data, None, None if config.latent is not None else axis)
-        cache_specs = None if cache is None else {"length": P(), "layers": jax.tree.map(lambda _: cached, cache["layers"])}
-        inner = jax.shard_map(lambda params, ids, cache: decoder.apply(params, ids, cache, local, last=last), mesh=mesh,
-                              in_specs=(specs, P(data), cache_specs), check_vma=False,
+        cache_specs = None
+        if cache is not None:
+            layers = jax.tree.map(lambda _: cached, cache["layers"])
+            cache_specs = {"length": P(), "layers": layers, **({"pad": P(data)} if "pad" in cache else {})}
+        inner = jax.shard_map(lambda params, ids, cache, pad: decoder.apply(params, ids, cache, local, last=last, pad=pad), mesh=mesh,
+                              in_specs=(specs, P(data), cache_specs, None if pad is None else P(data)), check_vma=False,
                               out_specs=(P(data, None, axis if split_logits else None), cache_specs))
-        return inner(params, ids, cache)
+        return inner(params, ids, cache, pad)
 
     return run
 
@@ -130,6 +133,9 @@ def _fitting(works: Callable[[int], bool]) -> str:
 
 
 def _check_model(config: ModelConfig, count: int, axis: str) -> None:
+    if config.scan:
+        raise ValueError("stacked layers cannot be split over a mesh; its layers are unrolled")
+
     def works(n: int) -> bool:
         shared = config.latent is not None or config.num_key_value_heads % n == 0
         return config.num_attention_heads % n == 0 and shared and (axis != "ep" or config.routing.experts % n == 0)

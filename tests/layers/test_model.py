@@ -111,7 +111,7 @@ def test_generation_ends_where_the_text_ends(dense):
 def test_sampling_keeps_to_the_nucleus():
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 400)
-    drawn = np.asarray(jax.vmap(lambda key: sample(logits, key, jnp.float32(1), jnp.float32(0.75))[0])(keys))
+    drawn = np.asarray(sample(jnp.broadcast_to(logits, (400, 4)), keys, jnp.float32(1), jnp.float32(0.75)))
     assert set(drawn) == {0, 1} and abs((drawn == 0).mean() - 0.625) < 0.08
 
 
@@ -241,3 +241,59 @@ def test_activations_per_tensor_equal_torchaos_own_forward():
     with torch.no_grad():
         want = theirs(torch.tensor(ids).long()).logits.numpy()
     assert relative(qfunc.load_model(folder, dtype="float32")(ids), want) < 1e-5
+
+
+def test_prompts_of_different_lengths_do_not_see_their_padding(dense, moe):
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(1, 64, n) for n in (3, 9, 6)]
+    for folder in (dense, moe):
+        model = qfunc.load_model(folder, cache="int8_token")
+        model.config = model.config.replace(eos=())
+        alone = [model.generate(row, max_new_tokens=5) for row in rows]
+        np.testing.assert_array_equal(model.generate(rows, max_new_tokens=5), alone)
+        for side in ("front", "back"):
+            ids, mask = np.zeros((3, 9), int), np.zeros((3, 9), int)
+            for i, row in enumerate(rows):
+                where = slice(9 - len(row), 9) if side == "front" else slice(0, len(row))
+                ids[i, where], mask[i, where] = row, 1
+            np.testing.assert_array_equal(model.generate(ids, max_new_tokens=5, mask=mask), alone)
+            logits = model(ids, mask=mask)
+            for i, row in enumerate(rows):
+                np.testing.assert_allclose(logits[i][mask[i] == 1], model(np.pad(row, (0, 9 - len(row))))[0, :len(row)], atol=1e-4)
+    mask[0] = [1, 0, 1, 0, 0, 0, 0, 0, 0]
+    for bad in (mask, mask[:, :3], np.zeros_like(mask)):
+        with pytest.raises(ValueError, match="mask"):
+            model(ids, mask=bad)
+    with pytest.raises(ValueError, match="empty"):
+        model.generate([[1, 2], []])
+
+
+def test_what_a_row_draws_is_its_own(dense):
+    model = qfunc.load_model(dense)
+    model.config = model.config.replace(eos=())
+    options = {"max_new_tokens": 6, "temperature": 1.5}
+    alone = model.generate(IDS[0], seed=7, **options)
+    pair = model.generate([IDS[1], IDS[0]], seed=[3, 7], **options)
+    np.testing.assert_array_equal(pair[1], alone)
+    np.testing.assert_array_equal(model.generate([IDS[0], IDS[1]], seed=7, **options)[0], alone)
+    same = model.generate(np.stack([IDS[0]] * 2), seed=7, **options)
+    assert (same[0] != same[1]).any()
+    pieces = list(model.generate([IDS[1], IDS[0]], seed=[3, 7], stream=True, **options))
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), pair)
+    with pytest.raises(ValueError, match="2 of them, found 3"):
+        model.generate(IDS, seed=[1, 2, 3])
+
+
+def test_stacked_layers_give_the_numbers_of_unrolled_ones(dense, moe):
+    for folder, scheme in ((dense, "w4a16_g128"), (moe, "w8a8_dynamic")):
+        model = qfunc.load_model(folder, quantize=scheme)
+        stacked = model.stacked()
+        assert stacked.params["model"]["layers"]["stack"]["self_attn"]["q_proj"]["kernel"].shape == (2, 128, 128)
+        np.testing.assert_allclose(stacked(IDS), model(IDS), atol=1e-5)
+        np.testing.assert_array_equal(stacked.generate([IDS[0], IDS[1, :5]], max_new_tokens=4),
+                                      model.generate([IDS[0], IDS[1, :5]], max_new_tokens=4))
+    mixed = qfunc.load_model(dense).quantize({"*/layers/0/*proj/kernel": "w8a16", "*": None})
+    with pytest.raises(ValueError, match="layer 1 differs"):
+        mixed.stacked()
+    with pytest.raises(ValueError, match="windows"):
+        Model(model.params, model.config.replace(windows=(3, None))).stacked()
