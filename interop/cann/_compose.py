@@ -152,6 +152,11 @@ def _scale_zero(x, spec: ActivationSpec, scale, zero, scope: int):
     amax = _cells(x.abs(), spec, scope, "amax")
     if spec.clip != 1:
         amax = amax * spec.clip
+    if spec.scale_rule == "mx_dual":
+        spans = torch.nn.functional.pad(x.abs(), (0, -x.shape[-1] % 512)).unflatten(-1, (-1, 512))
+        outer = usable(spans.amax(-1) * spec.clip / element.highest)
+        outer = outer.repeat_interleave(512 // spec.granularity.size, -1)[..., :amax.shape[-1]]
+        return power(exponents(amax / outer, spec.code, "mx_floor").to(torch.int32)) * outer, None
     if spec.scale_rule in MX_RULES:
         return power(exponents(amax, spec.code, spec.scale_rule).to(torch.int32)), None
     if spec.scale_rule == "full_range":

@@ -113,7 +113,8 @@ def _mxfp8(w: Placed, x: Rows, counts, out_dtype):
     return mx_call(w, codes, scale, counts, out_dtype)
 
 
-MX_FORM = {"mxfp8": {"scale_dtype": E8M0}, "mxfp4_a8": {"weight_dtype": FP4}, "mxfp4": {"scale_dtype": E8M0, "x_dtype": FP4, "weight_dtype": FP4}}
+MX_FORM = {"mxfp8": {"scale_dtype": E8M0}, "mxfp4_a8": {"weight_dtype": FP4},
+           "mxfp4": {"scale_dtype": E8M0, "x_dtype": FP4, "weight_dtype": FP4}}
 
 
 def mx_call(w: Placed, codes, scale, counts, out_dtype):

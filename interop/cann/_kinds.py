@@ -113,16 +113,21 @@ KINDS = (
     ("fp8", _fp8),
     ("mxfp8", lambda f: _mx(f, "fp8_e4m3", "fp8_e4m3")),
     ("mxfp4_a8", lambda f: _mx(f, "fp4_e2m1", "fp8_e4m3")),
+    ("mxfp4_dual", lambda f: _mx(f, "fp4_e2m1", "fp4_e2m1") and f.weight.scale2_dtype is not None),
     ("mxfp4", lambda f: _mx(f, "fp4_e2m1", "fp4_e2m1")),
     ("float", lambda f: f.activation is None),
 )
 """Kinds of `_soc.ROWS` with the schemes that they serve; the first that fits is taken."""
 
 
-def kind_of(scheme: Scheme, experts: bool, columns: int, rows: int) -> str | None:
-    """The kind of a scheme on a matrix (columns = in, rows = out), None where no operator computes it."""
+def kind_of(scheme: Scheme, experts: bool, columns: int, rows: int, dual: bool = False) -> str | None:
+    """The kind of a scheme on a matrix (columns = in, rows = out), None where no operator computes it.
+
+    `dual` asks for the dual-level operator where the scheme is MXFP4.
+    """
     facts = Facts(scheme.weight, scheme.activation, experts, columns, rows)
-    return next((name for name, fits in KINDS if fits(facts)), None)
+    kind = next((name for name, fits in KINDS if fits(facts)), None)
+    return "mxfp4_dual" if dual and kind == "mxfp4" else kind
 
 
 def _divides(what: str, value: int, by: int) -> str | None:
@@ -179,7 +184,8 @@ def misalignment(kind: str, scheme: Scheme, experts: bool, columns: int, rows: i
     facts = Facts(scheme.weight, scheme.activation, experts, columns, rows)
     broken = [rule for rule in ALIGNMENT[kind](facts) if rule]
     if kind != "float":
-        broken += [f"last axes up to {LAST_AXIS}, found {name} = {size}" for name, size in (("K", columns), ("N", rows)) if size > LAST_AXIS]
+        broken += [f"last axes up to {LAST_AXIS}, found {name} = {size}" for name, size in (("K", columns), ("N", rows))
+                   if size > LAST_AXIS]
     if experts and count > GROUPS:
         broken.append(f"up to {GROUPS} experts, found {count}")
     return "; ".join(broken) or None

@@ -16,7 +16,7 @@ import torch
 from qfunc.kernels._dispatch import Packed
 
 from . import _bits
-from ._kinds import MIXED_GROUP, Facts
+from ._kinds import DUAL_BLOCK, MIXED_GROUP, Facts
 from ._npu import FP4, format_cast
 
 
@@ -89,8 +89,7 @@ def w8a8_static(s: Source) -> Laid:
     """
     laid = w8a8(s)
     laid.operands["input_scale"] = s.leaves["input_scale"].to(torch.float32).reshape(1)
-    zero = s.leaves.get("input_zero")
-    zero = torch.zeros(1, dtype=torch.int32, device=laid.operands["input_scale"].device) if zero is None else zero.to(torch.int32).reshape(1)
+    zero = s.leaves.get("input_zero", torch.zeros_like(s.leaves["input_scale"])).to(torch.int32).reshape(1)
     laid.operands["input_zero"] = zero
     if s.packed.scheme.activation.zero is not None:
         laid.operands["quant_bias"] = -zero * laid.operands["sums"]
@@ -224,7 +223,18 @@ def mxfp4(s: Source) -> Laid:
     return Laid({"weight": data.transpose(-1, -2), "scale": _mx_scale(s)}, codes=back)
 
 
+def mxfp4_dual(s: Source) -> Laid:
+    """e2m1 as int8 [N, K / 2] in NZ, not turned; `scale` uint8 [N, K / 64, 2]; `level0` float32 [K / 512, N], ones where there is none."""
+    data = _bits.pairs(_bits.unpack(s.leaves["codes"], 4, s.columns)).view(torch.int8)
+    level0 = s.leaves.get("scale2")
+    if level0 is None:
+        level0 = torch.ones((s.rows, s.columns // DUAL_BLOCK), dtype=torch.float32, device=data.device)
+    data = format_cast(s.put(data), customize_dtype=torch.int8)
+    return Laid({"weight": data, "scale": s.leaves["scale"].unflatten(-1, (-1, 2)), "level0": _turned(level0.to(torch.float32))},
+                codes=lambda o: _bits.pack(_bits.nibbles(o["weight"]), 4, 0))
+
+
 LAYOUTS: dict[str, Callable[[Source], Laid]] = {
     "w8a8": w8a8, "w8a8_static": w8a8_static, "w4a4": w4a4, "w4a8": w4a8, "a16": a16, "codes16": codes16, "fp8": fp8, "mxfp8": mxfp8,
-    "mxfp4_a8": mxfp4, "mxfp4": mxfp4,
+    "mxfp4_a8": mxfp4, "mxfp4": mxfp4, "mxfp4_dual": mxfp4_dual,
 }

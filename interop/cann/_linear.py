@@ -14,7 +14,7 @@ import torch
 from . import _compose
 from ._npu import E8M0, FP4, operator
 from ._placed import Placed
-from ._quantize import SIXTEEN_BIT, Rows
+from ._quantize import MX_ROUNDING, SIXTEEN_BIT, Rows
 
 
 def linear(w: Placed, x, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None, scope: int = 0) -> torch.Tensor:
@@ -69,7 +69,8 @@ def floats(w: Placed, x) -> torch.Tensor:
     if isinstance(x, Rows):
         x = x.x if x.x is not None else _dequantized(x)
     if x.dtype in SIXTEEN_BIT and x.dtype != w.dtype:
-        raise ValueError(f"{w!r} was placed for {w.dtype}, found x of {x.dtype}; place it with dtype={str(x.dtype).removeprefix('torch.')!r}")
+        wanted = str(x.dtype).removeprefix("torch.")
+        raise ValueError(f"{w!r} was placed for {w.dtype}, found x of {x.dtype}; place it with dtype={wanted!r}")
     return x.reshape(-1, x.shape[-1]).to(w.dtype)
 
 
@@ -126,7 +127,8 @@ def _w8a8_static(w: Placed, x: Rows, bias, out_dtype):
 
 def _w4a4(w: Placed, x: Rows, bias, out_dtype):
     codes, scale = x.token()
-    y = operator("npu_quant_matmul")(codes, w.operands["weight"], w.operands["scale"], pertoken_scale=scale, output_dtype=sixteen(w, out_dtype))
+    y = operator("npu_quant_matmul")(codes, w.operands["weight"], w.operands["scale"], pertoken_scale=scale,
+                                     output_dtype=sixteen(w, out_dtype))
     return finish(y, bias, out_dtype)
 
 
@@ -158,7 +160,8 @@ def _codes16(w: Placed, x: Rows, bias, out_dtype):
 def _fp8(w: Placed, x: Rows, bias, out_dtype):
     """The bias is added outside: vllm-ascend found the operator's own wrong for fp8."""
     codes, scale = x.token()
-    y = operator("npu_quant_matmul")(codes, w.operands["weight"], w.operands["scale"], pertoken_scale=scale, output_dtype=sixteen(w, out_dtype))
+    y = operator("npu_quant_matmul")(codes, w.operands["weight"], w.operands["scale"], pertoken_scale=scale,
+                                     output_dtype=sixteen(w, out_dtype))
     return finish(y, bias, out_dtype)
 
 
@@ -178,11 +181,20 @@ def _mx(w: Placed, x: Rows, bias, out_dtype):
     return finish(y, None if inside or bias is None else bias.reshape(-1), out_dtype)
 
 
+def _dual(w: Placed, x: Rows, bias, out_dtype):
+    """Both sides have a float32 scale over 512 on top of the powers of two over 32; x gets its own, whatever the scheme says of it."""
+    o, rounding = w.operands, MX_ROUNDING["fp4_e2m1", x.spec.rounding if x.spec.scale_rule == "mx_dual" else "rne"]
+    codes, level0, level1 = operator("npu_dynamic_dual_level_mx_quant")(floats(w, x), round_mode=rounding)
+    y = operator("npu_dual_level_quant_matmul")(codes, o["weight"], level0, o["level0"], level1, o["scale"], bias=bias,
+                                                output_dtype=sixteen(w, out_dtype))
+    return y.to(out_dtype)
+
+
 def _float(w: Placed, x, bias, out_dtype):
     return finish(torch.nn.functional.linear(floats(w, x), w.operands["weight"]), bias, out_dtype)
 
 
 LINEAR: dict[str, Callable] = {
     "w8a8": _w8a8, "w8a8_static": _w8a8_static, "w4a4": _w4a4, "w4a8": _w4a8, "a16": _a16, "codes16": _codes16, "fp8": _fp8,
-    "mxfp8": _mx, "mxfp4_a8": _mx, "mxfp4": _mx, "float": _float,
+    "mxfp8": _mx, "mxfp4_a8": _mx, "mxfp4": _mx, "mxfp4_dual": _dual, "float": _float,
 }

@@ -34,7 +34,7 @@ class PlacementError(ValueError):
 
 
 def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = None, dequantize: bool | str | Iterable[str] = False,
-          experts: str = EXPERTS):
+          dual: str | Iterable[str] = (), experts: str = EXPERTS):
     """Lay the packed weights of a pytree out for the NPU and move everything there.
 
     Arguments:
@@ -46,6 +46,8 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
         dequantize: False refuses what no operator of the generation computes; True turns such weights into `dtype` instead, whose
             activations then stay in floating point; patterns (`fnmatch`, on the whole path) say for which weights, and do it always.
             Weight-only formats without an operator (GGUF, nf4, fp8 and the like) are dequantized in any case: the result is the same.
+        dual: patterns of MXFP4 weights for the dual-level operator of A5, which gives activations (and the weight, where it has one) a
+            second, float32 scale over 512 inputs: finer than the scheme says. SGLang runs its online `mxfp4` so.
         experts: pattern of the paths whose last three axes are a stack of experts; other leading axes are layers.
 
     Returns: the tree with `Placed` for every QTensor and torch tensors for arrays. The same QTensor placed twice is the same `Placed`.
@@ -53,7 +55,7 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
     Raises: PlacementError (a ValueError) that lists every weight that was refused, each with the rule it breaks and what would do instead.
     """
     _soc.check_soc(soc)
-    wanted = _pattern_list(dequantize)
+    wanted, doubled = _pattern_list(dequantize), _pattern_list(dual)
     target, given = torch.device(device), SIXTEEN[_checked_dtype(dtype)] if dtype is not None else None
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     refused, plans = [], []
@@ -64,10 +66,12 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
             continue
         stack = len(leaf.matrix_shape) > 2 and fnmatchcase(name, experts)
         forced = any(fnmatchcase(name, pattern) for pattern in wanted)
-        why = refusal(leaf.scheme, leaf.matrix_shape, soc, stack)
+        two = any(fnmatchcase(name, pattern) for pattern in doubled)
+        why = refusal(leaf.scheme, leaf.matrix_shape, soc, stack, two)
         if why is not None and not (forced or dequantize is True):
             refused.append((name, why))
-        plans.append(lambda leaf=leaf, stack=stack, floats=forced or why is not None: _placed(leaf, soc, target, given, floats, stack))
+        named = {"soc": soc, "dequantize": forced or why is not None, "experts": stack, "dual": two}
+        plans.append(lambda leaf=leaf, named=named: _placed(leaf, target, given, named))
     if refused:
         raise PlacementError(refused)
     return jax.tree_util.tree_unflatten(treedef, [plan() for plan in plans])
@@ -80,20 +84,21 @@ def restore(tree):
                         is_leaf=lambda leaf: isinstance(leaf, Placed))
 
 
-def refusal(scheme, shape: tuple[int, ...], soc: str, experts: bool = False) -> str | None:
-    """Why a weight (..., in, out) of a scheme cannot run on a generation as it is, or None. The rule it breaks and what would do instead."""
+def refusal(scheme, shape: tuple[int, ...], soc: str, experts: bool = False, dual: bool = False) -> str | None:
+    """Why a weight (..., in, out) of a scheme cannot run on a generation as it is, with what would do instead; None where it can."""
     *batch, columns, rows = shape
-    kind = _kinds.kind_of(scheme, experts, columns, rows)
+    kind = _kinds.kind_of(scheme, experts, columns, rows, dual)
     if kind is None:
-        return (f"{scheme.name}: no operator computes this scheme on any generation; quantize to w8a8_dynamic, w4a16_g128 (A2, A3) or mxfp8 "
-                "(A5), or pass dequantize=True")
+        return (f"{scheme.name}: no operator computes this scheme on any generation; quantize to w8a8_dynamic, w4a16_g128 (A2, A3) or "
+                "mxfp8 (A5), or pass dequantize=True")
     why = _soc.refusal(kind, soc, experts)
     if why is not None:
         return f"{scheme.name}: {why}"
     broken = _kinds.misalignment(kind, scheme, experts, columns, rows, batch[-1] if experts and batch else 1)
     if broken is None:
         return None
-    return f"{scheme.name} as {kind}, (K, N) = ({columns}, {rows}) needs {broken}; leave it in floating point or pass dequantize=True"
+    return (f"{scheme.name} as {kind}, (K, N) = ({columns}, {rows}) needs {broken}; leave it in floating point or pass "
+            "dequantize=True")
 
 
 def _checked_dtype(dtype: str) -> str:
@@ -120,19 +125,18 @@ def _plain(leaf, device: torch.device):
 _CACHE: dict = {}
 
 
-def _placed(w: QTensor, soc: str, device: torch.device, given, dequantize: bool, experts: bool) -> Placed:
+def _placed(w: QTensor, device: torch.device, given, named: dict) -> Placed:
     packed, leaves = leaves_of(w)
     dtype = given or SIXTEEN.get(packed.dtype, torch.bfloat16)
     if any(leaf.is_meta for leaf in leaves.values()):
-        return place_leaves(packed, leaves, soc=soc, device=torch.device("meta"), dtype=dtype, dequantize=dequantize, experts=experts,
-                            view=w.view)
+        return place_leaves(packed, leaves, device=torch.device("meta"), dtype=dtype, view=w.view, **named)
     # Every leaf counts: weights may share codes and differ in scales.
     own = list(w.leaves.values())
-    key = (tuple(map(id, own)), packed, w.view, soc, device, dtype, dequantize, experts)
+    key = (tuple(map(id, own)), packed, w.view, device, dtype, *named.values())
     held = _CACHE.get(key)
     if held is not None and all(ref() is leaf for ref, leaf in zip(held[0], own, strict=True)):
         return held[1]
-    placed = place_leaves(packed, leaves, soc=soc, device=device, dtype=dtype, dequantize=dequantize, experts=experts, view=w.view)
+    placed = place_leaves(packed, leaves, device=device, dtype=dtype, view=w.view, **named)
     try:
         _CACHE[key] = [weakref.ref(leaf, lambda _: _CACHE.pop(key, None)) for leaf in own], placed
     except TypeError:                                   # a leaf that cannot be watched cannot be recognised again
@@ -141,7 +145,7 @@ def _placed(w: QTensor, soc: str, device: torch.device, given, dequantize: bool,
 
 
 def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, device: torch.device, dtype: torch.dtype,
-                 dequantize: bool = False, experts: bool = False, view: View | None = None) -> Placed:
+                 dequantize: bool = False, experts: bool = False, dual: bool = False, view: View | None = None) -> Placed:
     """Place one weight given as its canonical leaves; the arguments are those of `place`, already checked and decided."""
     shape = matrix_shape(packed, leaves["codes"].shape)
     own = 3 if experts else 2
@@ -149,12 +153,12 @@ def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, d
     base = Placed("float", packed, shape, specs, soc, device, dtype, experts=experts, view=view or View())
     if len(shape) > own:
         base.children = [place_leaves(packed, {name: leaf[i] for name, leaf in leaves.items()}, soc=soc, device=device, dtype=dtype,
-                                      dequantize=dequantize, experts=experts) for i in range(shape[0])]
+                                      dequantize=dequantize, experts=experts, dual=dual) for i in range(shape[0])]
         base.kind = base.children[0].kind if base.children else "float"
         base.note = base.children[0].note if base.children else ""
         return base
     columns, rows = shape[-2:]
-    kind = _kinds.kind_of(packed.scheme, experts, columns, rows)
+    kind = _kinds.kind_of(packed.scheme, experts, columns, rows, dual)
     if dequantize or kind in (None, "float"):
         return _dequantized(base, leaves, kind)
     base.kind = kind

@@ -36,6 +36,12 @@ MX_OPERATOR = {
 MX_ROUNDING = {("fp8_e4m3", "rne"): "rint", ("fp4_e2m1", "rne"): "rint", ("fp4_e2m1", "rha"): "round"}
 
 
+def dynamic_natively(s: ActivationSpec) -> bool:
+    """True where npu_dynamic_quant computes what the spec says."""
+    return s.code in TOKEN_TYPES and s.granularity.kind == "token" and s.mode == "dynamic" and s.zero is None and s.clip == 1 and (
+        s.outer is None and s.outlier_threshold is None and (s.scale_rule, s.rounding, s.scale_dtype) == ("amax", "rne", "float32"))
+
+
 class Rows:
     """An activation [..., M, K] to be quantized by `spec`, or quantized already.
 
@@ -47,6 +53,13 @@ class Rows:
         self.x, self.spec, self.scale, self.zero, self.scope = x, spec, scale, zero, scope
         self.shape = tuple((x if x is not None else plain[0]).shape)
         self._made = {"plain": QuantizedActivation(*plain)} if plain is not None else {}
+
+    @classmethod
+    def ready(cls, form: str, made: tuple, shape: tuple[int, ...], spec: ActivationSpec) -> Rows:
+        """Rows that a fused operator has quantized already: `made` is what `token` or `mx`, the `form`, gives."""
+        rows = object.__new__(cls)
+        rows.x, rows.spec, rows.scale, rows.zero, rows.scope, rows.shape, rows._made = None, spec, None, None, 0, shape, {form: made}
+        return rows
 
     def __getitem__(self, index: int) -> Rows:
         if self.x is None:
@@ -93,11 +106,7 @@ class Rows:
         return QuantizedActivation(*_compose.quantize(self.x, self.spec, self.scale, self.zero, self.scope))
 
     def _native(self) -> bool:
-        """True where npu_dynamic_quant computes what the spec says."""
-        s = self.spec
-        return self.x is not None and self.x.dtype in SIXTEEN_BIT and s.code in TOKEN_TYPES and s.granularity.kind == "token" and (
-            s.mode == "dynamic" and s.zero is None and s.clip == 1 and s.outer is None and s.outlier_threshold is None
-            and (s.scale_rule, s.rounding, s.scale_dtype) == ("amax", "rne", "float32"))
+        return self.x is not None and self.x.dtype in SIXTEEN_BIT and dynamic_natively(self.spec)
 
     def per_row(self, value: torch.Tensor) -> torch.Tensor:
         """A scale or zero point per token or tensor, in JAX's form, as [rows]."""

@@ -41,7 +41,8 @@ ROWS: dict[str, Row] = {
     "mxfp8": Row("npu_dynamic_mx_quant + npu_quant_matmul", MICROSCALED, MICROSCALED, _TO_INT),
     "mxfp4_a8": Row("npu_dynamic_mx_quant + npu_quant_matmul", MICROSCALED, MICROSCALED, _TO_INT),
     "mxfp4": Row("npu_dynamic_mx_quant + npu_quant_matmul", MICROSCALED, MICROSCALED, _TO_INT),
-    "mxfp4_dual": Row("npu_dynamic_dual_level_mx_quant + npu_dual_level_quant_matmul", MICROSCALED, (), "use mxfp4 for experts; " + _TO_INT),
+    "mxfp4_dual": Row("npu_dynamic_dual_level_mx_quant + npu_dual_level_quant_matmul", MICROSCALED, (),
+                      "use mxfp4 for experts; " + _TO_INT),
     "float": Row("matmul of the dequantized weight", EVERYWHERE, EVERYWHERE, ""),
 }
 

@@ -161,9 +161,8 @@ def weight_quant(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=
 def _mx_exponent(amax, fp4: bool, scale_alg: int, dst_type_max: float):
     import torch
     bits = amax.contiguous().view(torch.int32)
-    field, mantissa = (bits >> 23) & 255, bits & 0x7FFFFF
     if scale_alg == 0:
-        return field - (2 if fp4 else 8)
+        return ((bits >> 23) & 255) - (2 if fp4 else 8)
     if fp4 and dst_type_max in (0.0, 6.0, 7.0):
         raise NotImplementedError("which mantissa bits count is not told apart in the operator's page")
     bits = (amax / (dst_type_max if fp4 else 448.0)).contiguous().view(torch.int32)
@@ -277,13 +276,14 @@ def grouped_swiglu_mx(x, weight, weight_scale, x_scale, group_list, *, weight_dt
     import torch
     counts = torch.diff(group_list, prepend=group_list.new_zeros(1))
     named = {"antiquant_scale": weight_scale} if weight_dtype == FP4 else {"scale": weight_scale}
-    y = grouped_matmul([x], weight, per_token_scale=[x_scale], group_list=counts, group_list_type=1, output_dtype=6, weight_dtype=weight_dtype,
-                       per_token_scale_dtype=E8M0, **named)[0]
+    y = grouped_matmul([x], weight, per_token_scale=[x_scale], group_list=counts, group_list_type=1, output_dtype=6,
+                       weight_dtype=weight_dtype, per_token_scale_dtype=E8M0, **named)[0]
     return dynamic_mx_quant(swiglu(y), dst_type=24)
 
 
 def init_routing(x, expert_idx, *, scale=None, offset=None, active_num=-1, expert_capacity=-1, expert_num=-1, drop_pad_mode=0,
-                 expert_tokens_num_type=0, expert_tokens_num_flag=False, quant_mode=-1, active_expert_range=(), row_idx_type=0, x_dtype=None):
+                 expert_tokens_num_type=0, expert_tokens_num_flag=False, quant_mode=-1, active_expert_range=(), row_idx_type=0,
+                 x_dtype=None):
     import torch
     flat = expert_idx.reshape(-1).to(torch.int64)
     order = torch.argsort(flat, stable=True)

@@ -112,7 +112,6 @@ def quantize(c: _Call):
 
 
 def dynamic_quant(c: _Call):
-    t = _t()
     c.need(c.input.dtype in _sixteen() and c.input.dim() == 2, "x [rows, K], float16 or bfloat16")
     kind = _number(c.dst_type)
     c.need(kind in (1, 16, 24), "to int8, quint4x2 or e4m3")
@@ -161,7 +160,8 @@ def _matmul_int4(c: _Call):
     rows, columns = c.x1.shape[0], c.x1.shape[1] * 8
     view = c.x2.stride(0) == 1 and c.x2.stride(1) == c.x2.shape[0]
     n = c.x2.shape[1] if view else c.x2.shape[1] * 8
-    c.need(view and c.x2.shape[0] * 8 == columns or c.x2.is_contiguous() and c.x2.shape[0] == columns, "x2 [K, N / 8], or a view of [N, K / 8]")
+    whole = c.x2.is_contiguous() and c.x2.shape[0] == columns
+    c.need(view and c.x2.shape[0] * 8 == columns or whole, "x2 [K, N / 8], or a view of [N, K / 8]")
     c.need(c.offset is None and c.bias is None, "no offset and no bias")
     c.need(c.pertoken_scale is not None and _out(c) in _sixteen(), "a scale per token; to float16 or bfloat16")
     c.tensor("pertoken_scale", (rows,), (t.float32,))
@@ -210,7 +210,8 @@ def _matmul_mx(c: _Call):
 def weight_quant(c: _Call):
     t = _t()
     c.not_a5()
-    c.need(c.x.dim() == 2 and c.weight.dim() == 2 and c.x.dtype in _sixteen() and c.weight.dtype in (t.int8, t.int32), "16-bit x, int weight")
+    c.need(c.x.dim() == 2 and c.weight.dim() == 2, "matrices, flattened to two axes")
+    c.need(c.x.dtype in _sixteen() and c.weight.dtype in (t.int8, t.int32), "16-bit x, int8 or int4 weight")
     columns, n, size = c.x.shape[1], c.weight.shape[1] * (8 if c.weight.dtype == t.int32 else 1), c.antiquant_group_size
     c.need(c.weight.shape[0] == columns, "K of x and weight")
     c.need(0 < c.x.shape[0] and 0 < columns <= LAST and 0 < n <= LAST, f"no empty operand, K and N up to {LAST}")
@@ -252,7 +253,8 @@ def _grouped_float(c: _Call, x, w, out, experts: int):
     c.need(w.dtype in (t.int8, t.int32) and w.shape[1] == x.shape[1], "int8 or int4 weight [E, K, N]")
     n = w.shape[2] * (8 if w.dtype == t.int32 else 1)
     c.need(scale is not None and offset is not None and scale.shape == offset.shape, "antiquant scale and offset, alike")
-    c.need(scale.dim() == 2 or w.dtype == t.int32 and scale.dim() == 3 and x.shape[1] % scale.shape[1] == 0, "int8 per channel; groups divide K")
+    grouped = w.dtype == t.int32 and scale.dim() == 3 and x.shape[1] % scale.shape[1] == 0
+    c.need(scale.dim() == 2 or grouped, "int8 has one scale per channel; the groups of int4 divide K")
     shape = (experts, n) if scale.dim() == 2 else (experts, scale.shape[1], n)
     c.tensor("antiquant_scale", shape, (x.dtype,), scale)
     c.tensor("antiquant_offset", shape, (x.dtype,), offset)
@@ -315,8 +317,9 @@ def grouped_swiglu(c: _Call):
     c.tensor("x_scale", (rows, -(-columns // 64), 2), (t.uint8,))
     c.tensor("group_list", (experts,), (t.int64,))
     c.need(n % 128 == 0, "half of N in pairs of blocks: N % 128 == 0")
-    c.need(c.group_list_type == 0 and c.dequant_mode == 2 and c.quant_mode == 2 and _number(c.dequant_dtype) == 6, "running totals; MX modes")
-    c.need(_number(c.quant_dtype) == 24 and c.weight_scale_dtype == E8M0 and c.x_scale_dtype == E8M0, "to e4m3; scales are e8m0")
+    c.need(c.group_list_type == 0 and c.dequant_mode == c.quant_mode == 2, "running totals; MX modes")
+    c.need(_number(c.dequant_dtype) == 6 and _number(c.quant_dtype) == 24, "by way of float32, to e4m3")
+    c.need(c.weight_scale_dtype == E8M0 and c.x_scale_dtype == E8M0, "scales are e8m0")
     absent = (c.smooth_scale, c.weight_assist_matrix, c.bias, c.tuning_config)
     c.need(all(a is None for a in absent), "no other argument")
 
@@ -355,9 +358,11 @@ def dual_matmul(c: _Call):
 
 def init_routing(c: _Call):
     t = _t()
-    c.need(c.x.dtype in _sixteen() and c.x.dim() == 2 and c.expert_idx.dtype == t.int32 and c.expert_idx.dim() == 2, "x [M, H], int32 [M, k]")
-    c.need(c.x.shape[0] == c.expert_idx.shape[0] and c.active_num == c.expert_idx.numel() and c.expert_num > 0, "all rows are active")
-    c.need(c.expert_tokens_num_type == 1 and c.expert_tokens_num_flag and list(c.active_expert_range) == [0, c.expert_num], "counts of all experts")
+    c.need(c.x.dtype in _sixteen() and c.x.dim() == 2, "x [M, H], 16-bit")
+    c.need(c.expert_idx.dtype == t.int32 and c.expert_idx.dim() == 2 and c.x.shape[0] == c.expert_idx.shape[0], "experts int32 [M, k]")
+    c.need(c.active_num == c.expert_idx.numel() and c.expert_num > 0, "all rows are active")
+    c.need(c.expert_tokens_num_type == 1 and c.expert_tokens_num_flag, "counts")
+    c.need(list(c.active_expert_range) == [0, c.expert_num], "all experts")
     c.need(c.quant_mode in (-1, 1, 3) and c.scale is None and c.offset is None and c.drop_pad_mode == 0 and c.row_idx_type == 0, "form")
     c.need(c.expert_capacity == -1 and c.x_dtype is None, "no capacity")
     if c.quant_mode == 3:
@@ -385,7 +390,8 @@ def swiglu(c: _Call):
 def swiglu_quant(c: _Call):
     c.not_a5()
     c.need(c.x.dim() == 2 and c.x.shape[1] % 2 == 0 and c.x.dtype in _sixteen(), "16-bit rows of two halves")
-    absent = (c.weight_scale, c.activation_scale, c.bias, c.quant_scale, c.quant_offset, c.group_index, c.dst_type, c.round_mode, c.activate_dim)
+    absent = (c.weight_scale, c.activation_scale, c.bias, c.quant_scale, c.quant_offset, c.group_index, c.dst_type, c.round_mode,
+              c.activate_dim)
     c.need(all(a is None for a in absent) and c.activate_left and c.quant_mode == 1 and c.swiglu_mode == 0, "form")
 
 
