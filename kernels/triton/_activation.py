@@ -10,7 +10,6 @@ import triton.language as tl
 from ._norm import front, inverse_rms
 
 TINY = tl.constexpr(1.1754943508222875e-38)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def small_float_value(x, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 def usable(scale):
     """A scale to divide by: 1 where it is zero or subnormal, NaN where it is not finite."""
     scale = tl.where(tl.abs(scale) < TINY, 1.0, scale)
-    return tl.where(tl.abs(scale) < float("inf"), scale, NAN)
+    return tl.where(tl.abs(scale) < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def power_scale(amax, RULE: tl.constexpr, HIGH: tl.constexpr, EMAX: tl.constexpr
         e -= EMAX
     e = tl.minimum(tl.maximum(e, 1), 254)
     e = tl.where(amax == 0, 127, e)
-    return tl.where(amax < float("inf"), (e << 23).to(tl.float32, bitcast=True), NAN)
+    return tl.where(amax < float("inf"), (e << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def symmetric_scale(amax, outer, RULE: tl.constexpr, DIVISOR: tl.constexpr, CLIP
     if RULE == "two_level":
         inner = tl.math.div_rn(tl.math.div_rn(amax, HIGH), outer)
         kept = small_float_value(tl.minimum(tl.maximum(inner, INNER_LOW), INNER_HIGH), 4, 3)
-        return tl.where(inner == inner, kept, NAN) * outer
+        return tl.where(inner == inner, kept, float("nan")) * outer
     elif RULE == "amax" or RULE == "amax_half":
         return usable(tl.math.div_rn(amax, DIVISOR))
     else:
@@ -94,7 +93,7 @@ def symmetric_scale(amax, outer, RULE: tl.constexpr, DIVISOR: tl.constexpr, CLIP
 @triton.jit
 def amax_of(v, axis: tl.constexpr):
     """Largest magnitude, NaN where there is one: the maximum of the hardware passes over NaN."""
-    return tl.where(tl.max((v != v).to(tl.int32), axis=axis) > 0, NAN, tl.max(tl.where(v == v, tl.abs(v), 0.0), axis=axis))
+    return tl.where(tl.max((v != v).to(tl.int32), axis=axis) > 0, float("nan"), tl.max(tl.where(v == v, tl.abs(v), 0.0), axis=axis))
 
 
 @triton.jit
@@ -150,15 +149,15 @@ def quantize_rows(x, up, gain, given, given_zero, codes, scale, zero, M, K, GROU
             low = tl.minimum(low, tl.min(v, axis=1))
             high = tl.maximum(high, tl.max(v, axis=1))
         if ASYMMETRIC:
-            low = tl.where(invalid > 0, NAN, low * CLIP)
-            high = tl.where(invalid > 0, NAN, high * CLIP)
+            low = tl.where(invalid > 0, float("nan"), low * CLIP)
+            high = tl.where(invalid > 0, float("nan"), high * CLIP)
             one = usable(tl.math.div_rn(high, DIVISOR) - tl.math.div_rn(low, DIVISOR))
             point = LOW - rounded(tl.math.div_rn(low, one), "rne")
             point = tl.where(tl.abs(point) < float("inf"), tl.minimum(tl.maximum(point, LOW), HIGH), 0.0)
             tl.store(zero + r, point.to(tl.int32), mask=ok)
             z = point[:, None]
         else:
-            amax = tl.where(invalid > 0, NAN, tl.maximum(-low, high))
+            amax = tl.where(invalid > 0, float("nan"), tl.maximum(-low, high))
             one = symmetric_scale(amax, 1.0, RULE, DIVISOR, CLIP, HIGH, EMAX, MANTISSA, INNER_LOW, INNER_HIGH)
         tl.store(scale + r, one, mask=ok)
         s = one[:, None]

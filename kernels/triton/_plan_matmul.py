@@ -90,6 +90,8 @@ def _refuse_sizes(call: Call, target: Target) -> str | None:
     count = math.prod(call.x[0].shape[:-1])
     if 0 in (columns, rows, count):
         return "an empty product"
+    if rows * w.scale.shape[-1] >= 2**31:
+        return f"{rows} times {w.scale.shape[-1]} scales, which 32-bit indices do not reach"
     if max(columns, rows, count) >= 2**30:
         return f"an axis of {max(columns, rows, count)}, which 32-bit indices do not reach safely"
     if math.prod(w.matrix_shape[:-2]) > 65535 and call.sizes is None:
@@ -98,7 +100,7 @@ def _refuse_sizes(call: Call, target: Target) -> str | None:
         if size < columns and size % STEP and size not in (16, 32, 64):
             return f"{name} groups of {size}: expected 16, 32, 64 or a multiple of {STEP}"
     if w.scale2 is not None and scale_kind(w) != "nested" and w.scale2.shape[-1] != 1:
-        return f"a second scale of shape {w.scale2.shape}"
+        return f"second scales {w.scale2.shape} for parts of a row"
     return None
 
 
@@ -174,8 +176,10 @@ def default_config(call: Call, target: Target) -> Config:
         count = -(-count // call.sizes.shape[0])
     wide = code(call.packed.scheme.weight.code).bits == 8
     if wide and count >= 128:
+        # Sums that are scaled step by step take their registers twice.
+        fresh = min(weight_group(call), activation_group(call)) < columns or arithmetic(call, target) in ("e4m3", "e5m2")
         few = count * rows < 8192 * 264
-        tiles = (64, 128, 4) if few else (128, 256, 8)
+        tiles = (64, 128, 4) if few else (128, 128 if fresh else 256, 8)
         return Config(*tiles[:2], 128, 1, tiles[2], 3, swapped=False)
     block_m = min(max(16, 1 << (count - 1).bit_length()), 64)
     block_n = 64 if rows < 128 * 132 else 128
@@ -198,7 +202,8 @@ def adapt(call: Call, target: Target, config: Config) -> Config:
 def run_width(call: Call, target: Target, config: Config) -> int:
     """Contracted elements of one product of tiles: those of one digit of the widest plane, cut so that each has one scale."""
     bits = code(call.packed.scheme.weight.code).bits
-    width = min(config.block_k, STEP) if bits == 8 else 16 * planes(bits)[0][0]
+    # Three tf32 products hold each operand three times.
+    width = min(config.block_k, 64 if arithmetic(call, target) == "f32" else STEP) if bits == 8 else 16 * planes(bits)[0][0]
     for size in (weight_group(call), activation_group(call)):
         if size < call.x[0].shape[-1] and size % STEP:
             width = min(width, size)

@@ -14,19 +14,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-MATRIX = r"(wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.:]*)"
+NOTED = {"cuda": r"(wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.:]*|div\.\w+\.f32)", "hip": r"(v_mfma_\w+|v_div_fixup_f32)"}
+"""Products of matrices, and divisions: of those only the correctly rounded ones may appear where codes are made."""
 
 
 @dataclass(frozen=True)
 class Compiled:
     """`registers` of a thread, `spills` (bytes of local memory, or spilled vector registers on AMD), `shared` bytes, matrix `instructions`
-    by name, and `from_registers`: how many of Hopper's take their left operand from registers."""
+    and divisions by name, `from_registers`: how many of Hopper's products take their left operand from registers, `flushes`: whether any
+    operation flushes subnormal numbers to zero."""
 
     registers: int
     spills: int
     shared: int
     instructions: tuple[str, ...]
     from_registers: int
+    flushes: bool
 
 
 def compile_launch(launch, target) -> Compiled:
@@ -47,15 +50,16 @@ def _nvidia(made) -> Compiled:
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     ptx = made.asm["ptx"]
-    names = tuple(sorted({name.replace(".sync.aligned", "") for name in re.findall(MATRIX, ptx)}))
-    return Compiled(registers, stack + local, made.metadata.shared, names, len(re.findall(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", ptx)))
+    names = tuple(sorted({name.replace(".sync.aligned", "") for name in re.findall(NOTED["cuda"], ptx)}))
+    held = len(re.findall(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", ptx))
+    return Compiled(registers, stack + local, made.metadata.shared, names, held, ".ftz" in ptx)
 
 
 def _amd(made) -> Compiled:
     text = made.asm["amdgcn"]
     count = functools.partial(_largest, text)
     return Compiled(count("vgpr_count"), count("vgpr_spill_count"), made.metadata.shared,
-                    tuple(sorted(set(re.findall(r"v_mfma_\w+", text)))), 0)
+                    tuple(sorted(set(re.findall(NOTED["hip"], text)))), 0, bool(re.search(r"float_denorm_mode_32 [012]", text)))
 
 
 def _largest(text: str, key: str) -> int:

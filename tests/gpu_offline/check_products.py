@@ -26,7 +26,7 @@ def verdict(case, described, launched, got, want, magnitude, reference):
     middle = np.asarray(got, np.float32).reshape(*described.x[0].shape[:-1], -1)[..., case.rows // 2, :]
     return dict(
         formula=products.excess(got, want, magnitude, described.out_dtype, table),
-        reference=products.excess(got, np.asarray(reference.astype(jnp.float32)), magnitude, described.out_dtype, table),
+        reference=products.excess(got, np.asarray(reference.astype(jnp.float32)), magnitude, described.out_dtype, table, 2),
         bits=bool(np.array_equal(np.asarray(got), np.asarray(reference))) if dot == "s8" and launched.constants["PLACE"] == 0
         and launched.split == 1 else None,
         zeros=case.bias or case.sizes is not None or not np.any(middle), dot=dot, seconds=None)

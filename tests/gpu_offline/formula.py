@@ -27,13 +27,12 @@ def elements(codes, code, columns=None):
 def scales(leaves, spec):
     """The effective scale of every cell of one matrix."""
     stored = np.asarray(leaves["scale"])
-    if spec.scale_dtype == "e8m0":
-        return np.where(stored == 255, np.nan, 2.0 ** (stored.astype(np.float64) - 127))
     if spec.scale_rule == "double":
         flat = dynamic_map().astype(np.float64)[stored.reshape(-1)]
         blocks = widen(leaves["scale2"]).reshape(-1)[np.arange(flat.size) // 256]
         return (flat * blocks + widen(leaves["scale_offset"]).reshape(-1)).reshape(stored.shape)
-    return widen(stored) * (widen(leaves["scale2"]) if "scale2" in leaves else 1.0)
+    values = np.where(stored == 255, np.nan, 2.0 ** (stored.astype(np.float64) - 127)) if spec.scale_dtype == "e8m0" else widen(stored)
+    return values * (widen(leaves["scale2"]) if "scale2" in leaves else 1.0)
 
 
 def matrix(leaves, spec, rows, columns):

@@ -95,10 +95,10 @@ def call(q, x, spec, sizes=None, bias=None, out=jnp.float32):
     return described, (*x, *q.leaves.values(), *optional)
 
 
-def excess(got, want, magnitude, out, operand_error=0.0):
-    """The largest error in units of what is allowed: 1e-6 (and the operands' own error) of the sum of magnitudes, and the last rounding."""
+def excess(got, want, magnitude, out, operand_error=0.0, roundings=1):
+    """The largest error in units of what is allowed: 2e-6 (and the operands' own error) of the sum of magnitudes, and last roundings."""
     got, want = np.asarray(np.asarray(got).astype(np.float32), np.float64), np.asarray(want, np.float64)
-    allowed = (2e-6 + operand_error) * magnitude + EPSILON[np.dtype(out).name] * np.abs(want) + 1e-30
+    allowed = (2e-6 + operand_error) * magnitude + roundings * EPSILON[np.dtype(out).name] * np.abs(want) + 1e-30
     # What float16 does not hold is infinite; near its largest number either is right.
     over = (np.dtype(out) == np.float16) & (np.abs(want) > 65400) & (np.sign(got) == np.sign(want)) & (np.abs(got) > 65400)
     ratio = np.where(over, 0.0, np.abs(np.where(over, 0.0, got) - np.where(over, 0.0, want)) / allowed)

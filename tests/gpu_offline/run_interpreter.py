@@ -1,4 +1,7 @@
-"""Run cases in the interpreter and print one line of JSON for each: its verdict, or the error. Arguments: ids, or `all`, or `usual`."""
+"""Run cases in the interpreter and print one line of JSON for each: its verdict, or the error.
+
+Arguments: ids of cases, `all`, `usual`, or `-` for ids on standard input.
+"""
 
 import json
 import os
@@ -42,7 +45,8 @@ def main(names):
     """Run cases by id."""
     table = checks()
     import cases
-    for name in {"all": tuple(cases.ALL), "usual": cases.USUAL}.get(names[0], names):
+    given = sys.stdin.read().split() if names == ["-"] else names
+    for name in {"all": tuple(cases.ALL), "usual": cases.USUAL}.get(names[0], given):
         print(json.dumps(run(table[cases.ALL[name].kind], cases.ALL[name])), flush=True)
 
 

@@ -1,0 +1,70 @@
+"""Every kernel in Triton's interpreter, on the launches that `describe` makes: one process runs all cases, each case is one test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
+
+OFFLINE = [pytest.param(name, marks=() if name in cases.USUAL else (pytest.mark.gpu_offline, pytest.mark.slow)) for name in cases.ALL]
+
+
+@pytest.fixture(scope="module")
+def verdicts(request):
+    """Verdict by case, of the cases of this module that were selected."""
+    wanted = [item.callspec.params["name"] for item in request.session.items
+              if item.path == request.path and "name" in getattr(getattr(item, "callspec", None), "params", {})]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    program = Path(__file__).parent / "run_interpreter.py"
+    done = subprocess.run([sys.executable, str(program), "-"], input="\n".join(wanted), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {verdict["id"]: verdict for verdict in map(json.loads, done.stdout.splitlines())}
+
+
+def _products(verdict):
+    assert verdict["formula"] <= 1, "further from the float64 formula than its operands and its last rounding explain"
+    assert verdict["reference"] is None or verdict["reference"] <= 1, "further from the reference than two roundings explain"
+    assert verdict["bits"] is not False, "an int32 sum with one scale on each side equals the reference bit for bit"
+    assert verdict["zeros"], "a zero row, or a row without an expert, is not exactly zero"
+
+
+def _rows(verdict):
+    assert all(verdict["shapes"]), "shape or type of a result"
+    assert (verdict["codes"], verdict["scales"], verdict["points"]) == (0, 0, 0), "codes, scales and zero points are the reference's"
+    assert not verdict["formula"], "codes are those of the float64 formula"
+
+
+def _fronts(verdict):
+    assert verdict["scale"] < 2e-6 if "float32" in verdict["id"] else verdict["scale"] < 5e-3
+    assert verdict["different"] < 0.02 and verdict["largest"] <= 1, "a last bit of the layer in front moves few codes, by one step"
+
+
+def _take(verdict):
+    assert verdict["different"] == 0 and verdict["outside"], "rows equal `take` bit for bit, and ids out of range give NaN"
+
+
+def _whole(verdict):
+    assert verdict["relative"] < 1e-6 and verdict["zeros"]
+
+
+CHECKS = {"dense": _products, "grouped": _products, "rows": _rows, "fronts": _fronts, "take": _take, "whole": _whole}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_case(verdicts, name):
+    verdict = verdicts[name]
+    assert "error" not in verdict, verdict["error"]
+    CHECKS[cases.ALL[name].kind](verdict)
+
+
+def test_the_usual_run_is_small_and_covers_every_kernel():
+    usual = [cases.ALL[name] for name in cases.USUAL]
+    assert len(usual) <= 120
+    assert {case.kind for case in usual} == set(CHECKS)
+    assert {case.scheme for case in cases.ALL.values() if case.kind == "dense"} == set(cases.NAMES)
