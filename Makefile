@@ -1,11 +1,11 @@
-# make env | demo | test | test-slow | test-gpu-offline | clean.  One virtual environment, .venv, serves them all.
+# make env | demo | test | test-slow | test-gpu-offline | conformance | clean.  One virtual environment, .venv, serves them all.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/src/*)
 
-.PHONY: env demo test test-slow test-gpu-offline clean
+.PHONY: env demo test test-slow test-gpu-offline conformance clean
 env: $(STAMP)
 
 # torch first: its CPU build is the one that the other test oracles must find installed.
@@ -36,6 +36,11 @@ test-slow: env
 # The GPU kernels without a GPU: all cases of the interpreter, all compilations, every family of models in every scheme.
 test-gpu-offline: env
 	$(BIN)/pytest -m gpu_offline
+
+# Every scheme row of the Ascend bridge on real layer shapes under torch_npu's own checks, and how many wrong calls are refused.
+conformance: env
+	$(BIN)/python tests/support/npu_matrix.py
+	$(BIN)/python tests/support/npu_mutants.py
 
 clean:
 	rm -rf $(VENV) build dist
