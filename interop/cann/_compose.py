@@ -180,6 +180,7 @@ def quantize(x: torch.Tensor, spec: ActivationSpec, scale=None, zero=None, scope
     """`qfunc._activation.quantize_rows`: x [..., M, K] as (codes, scale float32, zero int32 or None), in JAX's form."""
     element = element_code(spec.code)
     x = x.to(torch.float32)
+    x = x if spec.bound is None else x.clamp(-spec.bound, spec.bound)
     scale, zero = _scale_zero(x, spec, scale, zero, scope)
     y = x / wide(scale, spec, x.shape[-1])
     if not element.integer:

@@ -57,6 +57,8 @@ def prepared(w: Placed, x, owner) -> Rows | torch.Tensor:
             return x
         plain = x.plain()
         return Rows(None, x.spec, plain=plain._replace(codes=plain.codes.gather(-1, perm[owner])))
+    if spec is not None and spec.bound is not None:
+        x = x.clamp(-spec.bound, spec.bound)
     if smooth is not None:
         x = x.to(torch.float32) * smooth[owner]
     if perm is not None:

@@ -57,10 +57,18 @@ def _plain_rows(a: ActivationSpec | None, code: str) -> bool:
 
 
 def _mx(f: Facts, weight: str, activation: str) -> bool:
+    return _mx_like(f, weight, activation) and "mx_dual" not in (f.weight.scale_rule, f.activation.scale_rule)
+
+
+def _mx_like(f: Facts, weight: str, activation: str) -> bool:
     w, a = f.weight, f.activation
-    return a is not None and "mx_dual" not in (w.scale_rule, a.scale_rule) and (
-        w.code, w.scale_dtype, a.code, a.scale_dtype) == (weight, "e8m0", activation, "e8m0") and (
+    return a is not None and (w.code, w.scale_dtype, a.code, a.scale_dtype) == (weight, "e8m0", activation, "e8m0") and (
         w.granularity.kind == a.granularity.kind == "group" and w.granularity.size == a.granularity.size == 32)
+
+
+def _mx_dual(f: Facts) -> bool:
+    """Both sides with a float32 scale over 512 inputs on top."""
+    return _mx_like(f, "fp4_e2m1", "fp4_e2m1") and f.weight.scale_rule == f.activation.scale_rule == "mx_dual"
 
 
 def _w8a8(f: Facts) -> bool:
@@ -113,7 +121,7 @@ KINDS = (
     ("fp8", _fp8),
     ("mxfp8", lambda f: _mx(f, "fp8_e4m3", "fp8_e4m3")),
     ("mxfp4_a8", lambda f: _mx(f, "fp4_e2m1", "fp8_e4m3")),
-    ("mxfp4_dual", lambda f: _mx(f, "fp4_e2m1", "fp4_e2m1") and f.weight.scale2_dtype is not None),
+    ("mxfp4_dual", _mx_dual),
     ("mxfp4", lambda f: _mx(f, "fp4_e2m1", "fp4_e2m1")),
     ("float", lambda f: f.activation is None),
 )

@@ -48,6 +48,8 @@ def prepared(w: Placed, x, scope: int = 0) -> Rows | torch.Tensor:
     perm, smooth, spec = w.operands.get("perm"), w.operands.get("smooth"), w.scheme.activation
     if isinstance(x, Rows):
         return _reordered(x, perm) if perm is not None and w.kind != "float" else x
+    if spec is not None and spec.bound is not None:
+        x = x.clamp(-spec.bound, spec.bound)
     if smooth is not None:
         x = x.to(torch.float32) * smooth
     if perm is not None:
@@ -71,7 +73,7 @@ def floats(w: Placed, x) -> torch.Tensor:
     if x.dtype in SIXTEEN_BIT and x.dtype != w.dtype:
         wanted = str(x.dtype).removeprefix("torch.")
         raise ValueError(f"{w!r} was placed for {w.dtype}, found x of {x.dtype}; place it with dtype={wanted!r}")
-    return x.reshape(-1, x.shape[-1]).to(w.dtype)
+    return x.reshape(-1, x.shape[-1]).to(w.dtype).contiguous()
 
 
 def _dequantized(rows: Rows) -> torch.Tensor:

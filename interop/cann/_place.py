@@ -21,7 +21,6 @@ from ._npu import format_cast
 from ._placed import Placed, matrix_shape
 
 SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPERTS = "*experts/*"
 
 
 class PlacementError(ValueError):
@@ -34,7 +33,7 @@ class PlacementError(ValueError):
 
 
 def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = None, dequantize: bool | str | Iterable[str] = False,
-          dual: str | Iterable[str] = (), experts: str = EXPERTS):
+          dual: str | Iterable[str] = (), experts: str | None = None):
     """Lay the packed weights of a pytree out for the NPU and move everything there.
 
     Arguments:
@@ -48,7 +47,8 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
             Weight-only formats without an operator (GGUF, nf4, fp8 and the like) are dequantized in any case: the result is the same.
         dual: patterns of MXFP4 weights for the dual-level operator of A5, which gives activations (and the weight, where it has one) a
             second, float32 scale over 512 inputs: finer than the scheme says. SGLang runs its online `mxfp4` so.
-        experts: pattern of the paths whose last three axes are a stack of experts; other leading axes are layers.
+        experts: pattern of the paths whose last three axes are a stack of experts, by default those with a segment `experts`; other
+            leading axes are layers, placed one by one.
 
     Returns: the tree with `Placed` for every QTensor and torch tensors for arrays. The same QTensor placed twice is the same `Placed`.
 
@@ -64,7 +64,7 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
         if not isinstance(leaf, QTensor):
             plans.append(lambda leaf=leaf: _plain(leaf, target))
             continue
-        stack = len(leaf.matrix_shape) > 2 and fnmatchcase(name, experts)
+        stack = len(leaf.matrix_shape) > 2 and ("experts" in name.split("/") if experts is None else fnmatchcase(name, experts))
         forced = any(fnmatchcase(name, pattern) for pattern in wanted)
         two = any(fnmatchcase(name, pattern) for pattern in doubled)
         why = refusal(leaf.scheme, leaf.matrix_shape, soc, stack, two)
@@ -138,7 +138,7 @@ def _placed(w: QTensor, device: torch.device, given, named: dict) -> Placed:
         return held[1]
     placed = place_leaves(packed, leaves, device=device, dtype=dtype, view=w.view, **named)
     try:
-        _CACHE[key] = [weakref.ref(leaf, lambda _: _CACHE.pop(key, None)) for leaf in own], placed
+        _CACHE[key] = [weakref.ref(leaf, lambda _, held=_CACHE: held.pop(key, None)) for leaf in own], placed
     except TypeError:                                   # a leaf that cannot be watched cannot be recognised again
         pass
     return placed

@@ -91,8 +91,8 @@ class Rows:
 
     @property
     def flat(self) -> torch.Tensor:
-        """x as [rows, K]."""
-        return self._once("flat", lambda: self.x.reshape(-1, self.shape[-1]))
+        """x as [rows, K], row by row in memory."""
+        return self._once("flat", lambda: self.x.reshape(-1, self.shape[-1]).contiguous())
 
     def plain(self) -> QuantizedActivation:
         """Codes, scale and zero point in JAX's form."""

@@ -89,7 +89,7 @@ def _remembered(packed: Packed, leaves: dict[str, torch.Tensor], soc: str, exper
     if why is not None:
         raise PlacementError([("a weight that is closed over or computed", why)])
     placed = place_leaves(packed, leaves, soc=soc, device=codes.device, dtype=SIXTEEN.get(packed.dtype, torch.bfloat16), experts=experts)
-    _CLOSED[key] = weakref.ref(codes, lambda _: _CLOSED.pop(key, None)), [weakref.ref(leaf) for leaf in leaves.values()], placed
+    _CLOSED[key] = weakref.ref(codes, lambda _, held=_CLOSED: held.pop(key, None)), [weakref.ref(leaf) for leaf in leaves.values()], placed
     return placed
 
 

@@ -158,3 +158,24 @@ def test_weights_that_a_function_closes_over_are_placed_when_met(rng):
     np.testing.assert_allclose(first.to(torch.float32).numpy(), ref, rtol=2.0**-7)
     with pytest.raises(ValueError, match="runs on A2 and A3 alone"):
         RULES["quantized_matmul"](equation.params, [to_torch(x), *tensors], soc="A5")
+
+
+@pytest.mark.parametrize("numbers", ["one", "head", "channel"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_an_int8_cache_is_that_of_the_layers(rng, calls, numbers, asymmetric):
+    from qfunc.interop import cann
+    from qfunc.layers.cache import update
+    heads, size = 3, 16
+    count = {"one": 1, "head": heads, "channel": heads * size}[numbers]
+    scale = rng.uniform(0.01, 0.03, count).astype(np.float32)
+    zero = rng.integers(-9, 9, count).astype(np.float32) if asymmetric else None
+    x = npu_weights.activation(rng, 2, 5, heads, size)
+    scales = {"k_scale": jnp.asarray(scale), **({"k_zero": jnp.asarray(zero)} if asymmetric else {})}
+    entry, seen = update(None, jnp.asarray(x).astype(jnp.bfloat16), 0, "k", "int8", scales)
+    own = [None if v is None else torch.from_numpy(v) for v in (scale, zero)]
+    codes = cann.write_cache(torch.from_numpy(x).to(torch.bfloat16), *own)
+    np.testing.assert_array_equal(codes.numpy(), np.asarray(entry["codes"]))
+    _same(cann.read_cache(codes, *own), seen)
+    assert [name for name, *_ in calls] == ["npu_quantize"]
+    with pytest.raises(ValueError, match="expected 1, 3 or 48 numbers, found 2"):
+        cann.write_cache(torch.from_numpy(x), torch.ones(2))

@@ -247,8 +247,8 @@ def homes(row: str, experts: bool) -> tuple[str, ...]:
 
 
 def cut_blocks(scheme, kind: str, columns: int, outs: int) -> str:
-    """Why no device's slice of such a weight exists, whatever runs it: a slice of the inputs has whole blocks of the format."""
-    size = scheme.weight.granularity.size if scheme.weight.granularity.kind == "group" else 1
+    """Why no device's slice of such a weight exists, whatever runs it: a GGUF row is cut between its blocks alone."""
+    size = scheme.weight.granularity.size if scheme.weight.code.startswith("gguf:") else 1
     broken = [k for k in ((columns, outs) if kind == "moe" else (columns,)) if k % size]
     return f"{scheme.name} needs slices of whole blocks of {size} inputs, found K = {broken[0]}" if broken else ""
 

@@ -102,13 +102,13 @@ def _number(dtype):
 
 
 def quantize(c: _Call):
-    """Division by one float32 scale; the zero point an integer of the same length (table for div_mode True)."""
+    """Division by one float32 scale or one for each channel; the zero point int32 of the same length (table for div_mode True)."""
     t = _t()
     c.not_a5()
     c.need(c.self.dtype in (t.float32, *_sixteen()) and c.self.dim() == 2, "x [rows, K] in floating point")
     c.need(c.div_mode and c.axis == -1 and _number(c.dtype) == 12, "division along the last axis, to qint8")
-    c.tensor("scales", (1,), (t.float32,))
-    c.tensor("zero_points", (1,), (t.int32,))
+    c.tensor("scales", (1,) if c.scales.numel() == 1 else (c.self.shape[1],), (t.float32,))
+    c.tensor("zero_points", c.scales.shape, (t.int32,))
 
 
 def dynamic_quant(c: _Call):
