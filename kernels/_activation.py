@@ -52,6 +52,7 @@ def quantize_activation(x, spec, *, scale=None, zero=None) -> QuantizedActivatio
         raise ValueError("quantize_activation: a static scheme needs its calibrated scale, found none")
     if spec.zero is not None and scale is not None and zero is None:
         zero = jnp.zeros((), jnp.int32)
+    x = _activation.bounded(x, spec)
     extra = [jnp.asarray(scale, jnp.float32)] if scale is not None else []
     if scale is not None and spec.zero is not None:
         extra.append(jnp.asarray(zero, jnp.int32))

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
-from qfunc._activation import QuantizedActivation
+from qfunc._activation import QuantizedActivation, bounded
 from qfunc._qtensor import QTensor
 
 from . import _reference
@@ -59,7 +59,7 @@ def activation_parts(x, w: QTensor) -> tuple[list, np.dtype]:
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"matmul: x must be floating point or the result of quantize_activation, found {x.dtype}")
-        return [x], x.dtype
+        return [bounded(x, w.scheme.activation)], x.dtype
     if w.scheme.activation is None:
         raise ValueError(f"matmul: x is quantized, but {w.scheme.name} keeps activations in floating point")
     return [part for part in QuantizedActivation(*x) if part is not None], np.dtype(w.dtype)

@@ -10,7 +10,7 @@ split on byte and group borders and never gathered: what crosses devices are act
 | codes | rows | bytes, in whole blocks of 128 codes below 8 bits |
 | scale, zero per channel | rows | on every device |
 | scale, zero per group or block | rows (blocks that hold several devices' rows are repeated) | groups |
-| scale2; input_scale, input_zero | rows where it has them; on every device | on every device |
+| scale2; input_scale, input_zero | rows where it has them; on every device | on every device (scale2 of `mxfp4_dual`: its spans) |
 | smooth | on every device | split |
 | bias | split | on every device, added once |
 """
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from qfunc._paths import leaf_path
 from qfunc._qtensor import CODECS, QTensor
+from qfunc._scales import DUAL_SPAN
 from qfunc._spec import bits_of
 
 from . import decoder
@@ -227,7 +228,7 @@ def _row(q: QTensor, axis: str, count: int, path: str):
     grouped = weight.granularity.kind in ("group", "block")
     out = {}
     for name, leaf in q.leaves.items():
-        split = name in ("codes", "smooth") or (name in ("scale", "zero") and grouped)
+        split = name in ("codes", "smooth") or (name in ("scale", "zero") and grouped) or (name == "scale2" and leaf.shape[-1] > 1)
         out[name] = _at(leaf.ndim, leaf.ndim - 1, axis) if split else P()
     return q.replace(**out)
 
@@ -238,6 +239,7 @@ def _unit(weight) -> int:
         return CODECS.blocks[weight.code][0]
     packed = 128 if bits_of(weight.code) < 8 else 1
     size = weight.granularity.size if weight.granularity.kind in ("group", "block") else 1
+    size = DUAL_SPAN if weight.scale_rule == "mx_dual" else size
     return max(packed, size) if max(packed, size) % min(packed, size) == 0 else packed * size
 
 

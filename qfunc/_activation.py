@@ -5,6 +5,7 @@ s = clip amax / c, or 1 where that is 0; codes = clip(round(x / s)); a zero row 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from . import _scales
 from ._codec import E4M3_LARGEST, two_level
 from ._codes import Code, code, usable
 from ._numerics import decode_e8m0, divide, extreme, round_by
-from ._spec import ActivationSpec
+from ._spec import ActivationSpec, group
 
 
 class QuantizedActivation(NamedTuple):
@@ -41,7 +42,7 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
         scope: how many leading axes of x are separate tensors: a per-tensor scale is taken over the others.
     """
     element = code(spec.code)
-    x = x.astype(jnp.float32)
+    x = bounded(x.astype(jnp.float32), spec)
     scale, zero = _scale_zero(x, spec, element, input_scale, input_zero, scope)
     y = divide(x, _wide(scale, spec, x.shape[-1]))
     if not element.integer:
@@ -53,6 +54,11 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
     spared = zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
     lowest = -element.highest if spared else element.lowest
     return QuantizedActivation(jnp.clip(y, lowest, element.highest).astype(jnp.int8), scale, zero)
+
+
+def bounded(x, spec: ActivationSpec | None):
+    """x within the bound of its spec, where there is one; no kernel has to know of it."""
+    return x if spec is None or spec.bound is None else jnp.clip(x, -spec.bound, spec.bound)
 
 
 def dequantize_rows(q: QuantizedActivation, spec: ActivationSpec) -> jax.Array:
@@ -108,6 +114,11 @@ def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero,
     amax = _cells(jnp.abs(x), spec, scope, jnp.max)
     if spec.clip != 1:
         amax = amax * jnp.float32(spec.clip)
+    if spec.scale_rule == "mx_dual":
+        wide = dataclasses.replace(spec, granularity=group(_scales.DUAL_SPAN))
+        outer = usable(divide(_cells(jnp.abs(x), wide, scope, jnp.max) * jnp.float32(spec.clip), element.highest))
+        outer = _scales.span(outer, spec.granularity, amax.shape[-1])
+        return decode_e8m0(_scales.mx_exponent(divide(amax, outer), element, "mx_floor")) * outer, None
     if spec.scale_rule in _scales.MX:
         return decode_e8m0(_scales.mx_exponent(amax, element, spec.scale_rule)), None
     lo, hi = -amax, amax

@@ -15,7 +15,7 @@ from einops import rearrange
 from . import _pack, _scales
 from ._codes import Code, code, usable
 from ._numerics import decode_e8m0, divide, extreme, multiply_add, round_by
-from ._spec import TENSOR, WeightSpec
+from ._spec import TENSOR, WeightSpec, group
 
 E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
 NESTED_BLOCK = 256
@@ -74,6 +74,8 @@ def outer_scale(leaves: dict, spec: WeightSpec) -> jax.Array:
     scale = leaves["scale"]
     if spec.scale_dtype == "e8m0":
         scale = decode_e8m0(scale)
+        if spec.scale_rule == "mx_dual":
+            return scale * _scales.span(leaves["scale2"], spec.granularity, scale.shape[-1])
     elif spec.scale_rule == "double":
         *batch, rows, groups = scale.shape
         inner = jnp.take(jnp.asarray(dynamic_map()), scale.astype(jnp.int32), mode="clip").reshape(*batch, 1, rows * groups)
@@ -125,6 +127,13 @@ def _nested(w, spec: WeightSpec, element: Code) -> dict:
     return {"scale": two_level(_amax(w, spec.granularity), outer, element), "scale2": outer}
 
 
+def _dual(w, spec: WeightSpec, element: Code) -> dict:
+    outer = usable(divide(_amax(w, group(_scales.DUAL_SPAN)), element.highest))
+    amax = _amax(w, spec.granularity)
+    inner = divide(amax, _scales.span(outer, spec.granularity, amax.shape[-1]))
+    return {"scale": _scales.mx_exponent(inner, element, "mx_floor"), "scale2": outer}
+
+
 def _double(w, spec: WeightSpec, element: Code) -> dict:
     """bitsandbytes' double quantization: scales less their mean, in blocks of 256, as codes of the dynamic map."""
     amax = _amax(w, spec.granularity)
@@ -146,13 +155,14 @@ def check_spec(spec: WeightSpec) -> None:
     if kind not in SCALERS:
         raise ValueError(f"scale_rule: expected one of {', '.join(_scales.RULES)}, found {spec.scale_rule!r}")
     zero = {"minmax": "int", "minmax_float": "float"}.get(spec.scale_rule)
-    scales = {"mx": ("e8m0",), "two_level": ("fp8_e4m3",), "double": ("uint8",)}.get(kind, ("float32", "float16", "bfloat16"))
+    scales = {"mx": ("e8m0",), "mx_dual": ("e8m0",), "two_level": ("fp8_e4m3",),
+              "double": ("uint8",)}.get(kind, ("float32", "float16", "bfloat16"))
     unsigned = spec.code.startswith("uint")
     expectations = (
         ("zero", spec.zero, (zero,), True),
         ("scale_dtype", spec.scale_dtype, scales, True),
-        ("scale2_dtype", spec.scale2_dtype, ("float32",), kind in ("two_level", "double")),
-        ("code", spec.code, tuple(_scales.MX_ELEMENTS), kind == "mx"),
+        ("scale2_dtype", spec.scale2_dtype, ("float32",), kind in ("two_level", "double", "mx_dual")),
+        ("code", spec.code, tuple(_scales.MX_ELEMENTS), kind in ("mx", "mx_dual")),
         ("code", spec.code, tuple(f"uint{b}" for b in range(2, 9)), unsigned or zero == "int"),
         ("code", spec.code, tuple(f"int{b}" for b in range(2, 9)), zero == "float" or unsigned and zero is None),
         ("rounding", spec.rounding, ("rne",), not element.integer and not spec.code.startswith("fp")),
@@ -163,7 +173,7 @@ def check_spec(spec: WeightSpec) -> None:
             raise ValueError(f"{spec.code} by the rule {spec.scale_rule!r}: expected {field} {wanted}, found {found!r}")
 
 
-SCALERS = {"symmetric": _symmetric, "affine": _affine, "mx": _microscaled, "two_level": _nested, "double": _double}
+SCALERS = {"symmetric": _symmetric, "affine": _affine, "mx": _microscaled, "mx_dual": _dual, "two_level": _nested, "double": _double}
 
 
 def _scaler(spec: WeightSpec) -> str:

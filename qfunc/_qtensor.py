@@ -53,7 +53,8 @@ class QTensor:
 
     - `codes`: 8-bit codes [..., N, K] in their own type, narrower ones uint8 [..., N, ceil(K/128) 16 b] as `qfunc._pack` lays them.
     - `scale`: [..., 1, 1], [..., N, 1], [..., N, ceil(K/g)] or [..., ceil(N/n), ceil(K/m)] by granularity.
-    - `zero`: shape of `scale`; `scale2`: the outer scale; `scale_offset`: mean of double-quantized scales.
+    - `zero`: shape of `scale`; `scale2`: the outer scale ([..., N, ceil(K/512)] in `mxfp4_dual`); `scale_offset`: mean of
+      double-quantized scales.
     - `input_scale`, `input_zero`: [..., 1, 1], calibrated activation scale and zero point.
     - `smooth`: [..., K], multiplies the activation first; `perm`: int32 [..., K], order of the input channels.
 

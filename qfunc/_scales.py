@@ -48,6 +48,11 @@ def spread(scale, granularity: Granularity, rows: int, columns: int):
     return scale
 
 
+def span(outer, granularity: Granularity, groups: int):
+    """The outer scales of `mx_dual`, one for every DUAL_SPAN elements, as one for each of the groups below them."""
+    return jnp.repeat(outer, DUAL_SPAN // granularity.size, -1)[..., :groups]
+
+
 def _amax(lo, hi):
     # NaN must win here, or a poisoned weight would get a finite scale; both operations propagate it.
     return jnp.maximum(jnp.abs(lo), jnp.abs(hi))
@@ -116,7 +121,10 @@ MX: dict[str, Callable] = {
 }
 """Rules for a power of two: (amax, code) -> biased exponent, before clipping."""
 
-RULES = (*SYMMETRIC, *MX, "minmax", "minmax_float", "two_level", "double")
+DUAL_SPAN = 512
+"""Elements that share one outer float32 scale, amax / c, under the rule `mx_dual`; below it are blocks of 32 by `mx_floor`."""
+
+RULES = (*SYMMETRIC, *MX, "minmax", "minmax_float", "two_level", "double", "mx_dual")
 """The names that `WeightSpec.scale_rule` and `ActivationSpec.scale_rule` take."""
 
 

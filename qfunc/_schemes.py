@@ -76,6 +76,9 @@ _ROWS: dict[str, tuple[WeightSpec, ActivationSpec | None]] = {
     "mxfp4": (_mx_weight("fp4_e2m1"), _mx_input("fp4_e2m1")),
     "mxfp4_a16": (_mx_weight("fp4_e2m1"), None),
     "mxfp4_a8": (_mx_weight("fp4_e2m1"), _mx_input("fp8_e4m3")),
+    # Ascend's two-level fp4: powers of two for 32 elements under a float32 for 512
+    "mxfp4_dual": (WeightSpec("fp4_e2m1", MX, scale_dtype="e8m0", scale2_dtype="float32", scale_rule="mx_dual"),
+                   ActivationSpec("fp4_e2m1", MX, scale_dtype="e8m0", scale_rule="mx_dual")),
     # NVIDIA's two-level fp4
     "nvfp4": (NVFP4, _nv_input("tensor")),
     "nvfp4_token": (NVFP4, _nv_input("token")),
@@ -98,7 +101,8 @@ ALIASES: dict[str, str] = {
     "modelopt": "fp8", "modelopt_fp8": "fp8", "fp8dq-per_tensor": "fp8", "w8a8_fp8": "fp8_dynamic", "fp8dq-per_row": "fp8_dynamic",
     "wfp8afp8_dynamic": "fp8_dynamic", "fp8wo": "fp8_w8a16", "fbgemm_fp8": "fp8_dynamic",
     "w8a8_mxfp8": "mxfp8", "mxfp8a16": "mxfp8_a16", "mxfp6a16": "mxfp6_a16", "mxfp6a8": "mxfp6",
-    "w4a4_mxfp4": "mxfp4", "quark_mxfp4": "mxfp4", "mxfp4a16": "mxfp4_a16", "w4a8_mxfp": "mxfp4_a8", "mxfp_w4a8": "mxfp4_a8",
+    "w4a4_mxfp4": "mxfp4", "w4a4_mxfp4_dualscale": "mxfp4_dual",
+    "quark_mxfp4": "mxfp4", "mxfp4a16": "mxfp4_a16", "w4a8_mxfp": "mxfp4_a8", "mxfp_w4a8": "mxfp4_a8",
     "modelopt_fp4": "nvfp4", "petit_nvfp4": "nvfp4_a16", "nvfp4a16": "nvfp4_a16", "nvfp4_online": "nvfp4_token",
     "bitsandbytes": "nf4",
     **{f"int4wo-{n}": f"int4wo_g{n}" for n in (32, 64, 128, 256)},

@@ -99,6 +99,7 @@ class ActivationSpec:
         outer: None, `"tensor"` or `"token"`: the cell of the outer float32 scale of two-level formats.
         scale_rule, rounding: as in `WeightSpec`.
         outlier_threshold: LLM.int8's threshold on |x|: columns that reach it are multiplied in floating point; None switches it off.
+        bound: |x| is clipped to it before anything else (fbgemm's `activation_scale_ub`); None clips nothing.
     """
 
     code: str
@@ -111,6 +112,7 @@ class ActivationSpec:
     scale_rule: str = "amax"
     rounding: str = "rne"
     outlier_threshold: float | None = None
+    bound: float | None = None
 
     def __post_init__(self):
         if self.mode not in ("dynamic", "static"):

@@ -41,6 +41,8 @@ def refusal(w: QTensor) -> str | None:
         return f"zero points of type {w.zero.dtype}"
     if w.zero is not None and spec.zero == "float" and w.zero.dtype != w.scale.dtype:
         return "float zero points of another type than the scales"
+    if spec.scale_rule == "mx_dual":
+        return "outer scales along the inputs"
     if 0 in w.matrix_shape:
         return "an empty weight"
     return None
