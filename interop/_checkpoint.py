@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from qfunc._errors import CheckpointError
 from qfunc._paths import nearest
 from qfunc._spec import Scheme
 
+from . import _wan
 from ._detect import quantization
 from ._family import Config, Family, Source
 from ._load import Plan, build, make_plan, placer
 from ._refuse import folder_json, refuse
+from ._wan import components
 from .native import INDEX
 from .safetensors import File, Files, open_folder
 
@@ -32,7 +34,7 @@ class Checkpoint:
     Fields:
         params: nested dict in Hugging Face names; linear weights are `kernel`, (in, out), `QTensor` where packed; the experts of a layer
             are one leaf with a leading axis where scheme and shape agree, else `experts/<i>/...`.
-        config: the model's configuration (config.json, or a GGUF file's metadata).
+        config: the model's configuration (config.json, or a GGUF file's metadata); of a diffusion pipeline, those of its transformers.
         format: the family that read it: `awq`, `gptq`, ..., `gguf`, `qfunc`, or `float`.
         schemes: path to `Scheme`, for every packed leaf.
         kv_cache: element type of the key/value cache that the checkpoint has scales for (`fp8_e4m3`, `int8`), or None; the scales are the
@@ -89,11 +91,44 @@ def load(path: str | Path, *, dequantize: str | None = None, shardings=None, pro
         return load_gguf(gguf_file(path), dtype, place, progress)
     if (path / INDEX).exists():
         return _native(path, dtype, shardings)
+    whole = plan_folder(path)
+    params = build(whole.plan, logical_dtype(whole.config, whole.plan), place, progress, dtype)
+    return Checkpoint(params, whole.config, whole.format, _schemes(whole.plan, dtype), whole.plan.kv_code, tuple(whole.plan.notes),
+                      whole.plan.names)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A folder's leaves: `format`, `config`, `plan`, and how many tensors of how many bytes they come from."""
+
+    format: str
+    config: dict
+    plan: Plan
+    tensors: int
+    nbytes: int
+
+
+def plan_folder(path: Path) -> Planned:
+    """Plan a safetensors checkpoint, or every transformer of a diffusion pipeline under its name."""
+    parts = components(path)
+    if not parts:
+        return _planned(path)
+    planned = {name: _planned(folder) for name, folder in parts.items()}
+    plan, formats = Plan(), {part.format for part in planned.values()} - {"float"}
+    if len(formats) > 1:
+        raise refuse(path, "", "transformers of one format", ", ".join(sorted(formats)))
+    for name, part in planned.items():
+        plan.leaves += [replace(leaf, path=(name, *leaf.path)) for leaf in part.plan.leaves]
+        plan.names |= {f"{name}.{key}": ((name, *keys), index) for key, (keys, index) in part.plan.names.items()}
+        plan.notes += [f"{name}: {note}" for note in part.plan.notes]
+    return Planned(next(iter(formats), "float"), {name: part.config for name, part in planned.items()}, plan,
+                   sum(part.tensors for part in planned.values()), sum(part.nbytes for part in planned.values()))
+
+
+def _planned(path: Path) -> Planned:
     family, source = open_source(path)
     plan = make_plan(source, family)
-    params = build(plan, logical_dtype(source.config, plan), place, progress, dtype)
-    return Checkpoint(params, source.config, family.name if family is not None else "float", _schemes(plan, dtype), plan.kv_code,
-                      tuple(plan.notes), plan.names)
+    return Planned(family.name if family is not None else "float", source.config, plan, len(source.files), source.files.nbytes)
 
 
 def _schemes(plan: Plan, dtype: str | None) -> dict[str, Scheme]:
@@ -140,12 +175,18 @@ def open_source(path: Path) -> tuple[Family | None, Source]:
         folder, files = path.parent, Files([File(path)])
     config = folder_json(folder, "config.json") or {}
     family, quant = quantization(folder, config)
-    return family, Source(folder, config, quant or Config({}, folder), files)
+    quant, aliases = quant or Config({}, folder), {}
+    if _wan.original(files):
+        aliases = {_wan.renamed(name): name for name in files}
+        files, config = files.under(_wan.rename(files, folder)), _wan.config(config)
+        if family is not None and family.name == "modelslim":
+            quant = Config({_wan.described(key): value for key, value in quant.data.items()}, quant.where)
+    return family, Source(folder, config, quant, files, aliases=aliases)
 
 
 def logical_dtype(config: dict, plan: Plan) -> str:
     """The dtype of the model's float tensors: the configuration's, else that of most of them."""
-    for holder in (config, config.get("text_config")):
+    for holder in (config, config.get("text_config"), config.get("transformer")):
         for key in ("dtype", "torch_dtype"):
             found = holder.get(key) if isinstance(holder, dict) else None
             if isinstance(found, str) and found.removeprefix("torch.") in ("bfloat16", "float16", "float32"):

@@ -12,7 +12,8 @@ from ._refuse import folder_json, refuse
 METHODS = {
     "awq": "awq", "awq_marlin": "awq", "gptq": "gptq", "gptq_marlin": "gptq", "marlin": "marlin",
     "compressed-tensors": "compressed_tensors",
-    "compressed_tensors": "compressed_tensors", "fp8": "fp8", "blockwise_int8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4",
+    "compressed_tensors": "compressed_tensors", "fp8": "fp8", "fbgemm_fp8": "fp8", "blockwise_int8": "fp8", "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
     "modelopt": "modelopt", "modelopt_fp8": "modelopt", "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "quark": "quark",
     "bitsandbytes": "bitsandbytes", "torchao": "torchao", "auto-round": "auto_round", "intel/auto-round": "auto_round",
     "modelslim": "modelslim",

@@ -102,13 +102,17 @@ class Config:
 
 @dataclass
 class Source:
-    """What a family reads: `path` of the folder, `config` (config.json), `quant` (its own section), `files`, and `notes` for oddities."""
+    """What a family reads: `path` of the folder, `config` (config.json), `quant` (its own section), `files`, and `notes` for oddities.
+
+    `aliases`: where tensors are read under other names than the files', the file's name of each.
+    """
 
     path: Path
     config: dict
     quant: Config
     files: Files
     notes: list[str] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

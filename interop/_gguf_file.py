@@ -7,11 +7,9 @@ value; tensors of string, uint32 axes, uint64 sizes (fastest first), uint32 ggml
 from __future__ import annotations
 
 import math
-import mmap
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import numpy as np
 
 from qfunc._ggml import BY_ID, BlockType
 
-from ._refuse import inside, refuse, regular_size
+from ._mapped import MappedFile
+from ._refuse import inside, refuse, regular_size, uncollected
 
 # Value types of metadata by number: their struct format and numpy type.
 SCALARS = {0: ("B", np.uint8), 1: ("b", np.int8), 2: ("H", np.uint16), 3: ("h", np.int16), 4: ("I", np.uint32), 5: ("i", np.int32),
@@ -28,8 +27,8 @@ STRING, ARRAY = 8, 9
 MAX_NESTING, MAX_AXES, MAX_NAME = 4, 4, 2**16
 # Bytes that one pair, one tensor record and one string take at least.
 LEAST_PAIR, LEAST_TENSOR, LEAST_STRING = 13, 32, 8
-MOST_PAIRS, MOST_TENSORS, MOST_STRINGS = 10**5, 10**6, 2**24
-"""Far above what any model has; every one of them becomes Python objects larger than its bytes."""
+MOST_PAIRS, MOST_TENSORS, MOST_STRINGS = 10**5, 10**5, 2**21
+"""Far above what any model has (the strings of a whole file); every one of them becomes Python objects larger than its bytes."""
 INTEGER_TYPES = {26: np.int32, 27: np.int64}
 """ggml's integer types without a block decoder."""
 
@@ -64,6 +63,7 @@ class _Cursor:
 
     def __init__(self, memory, size: int, path: Path):
         self.memory, self.size, self.path, self.at = memory, size, path, 0
+        self.strings = MOST_STRINGS
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
@@ -84,6 +84,20 @@ class _Cursor:
         data = bytes(self.memory[self.at: self.at + length])
         self.at += length
         return data.decode("utf-8", "replace" if limit is None else "strict")
+
+    def strings_of(self, count: int, what: str) -> list[str]:
+        """Many strings; a vocabulary has hundreds of thousands, so nothing is called for each."""
+        out, unpack, memory, at, size = [], struct.Struct("<Q").unpack_from, self.memory, self.at, self.size
+        for _ in range(count):
+            length = unpack(memory, at)[0] if size - at >= 8 else size
+            at += 8
+            if length > size - at:
+                self.at = min(at, size)
+                self.need(length, what)
+            out.append(memory[at: at + length].decode("utf-8", "replace"))
+            at += length
+        self.at = at
+        return out
 
     def count(self, what: str, least: int, most: int = 2**48) -> int:
         value = self.take("Q", what)
@@ -108,11 +122,14 @@ class _Cursor:
             array = np.frombuffer(self.memory, dtype, length, self.at).copy()
             self.at += length * dtype.itemsize
             return array
-        length = self.count(what, LEAST_STRING if inner == STRING else 12, MOST_STRINGS)
+        length = self.count(what, LEAST_STRING if inner == STRING else 12, self.strings)
+        self.strings -= length
+        if inner == STRING:
+            return self.strings_of(length, what)
         return [self.value(inner, what, depth + 1) for _ in range(length)]
 
 
-class GgufFile:
+class GgufFile(MappedFile):
     """One GGUF file: `path`, `metadata` (numbers, strings, lists of strings, numpy arrays), `tensors` by name."""
 
     def __init__(self, path: str | Path):
@@ -121,23 +138,10 @@ class GgufFile:
         if self.size < 24:
             raise refuse(self.path, "", "a GGUF header of 24 bytes", f"{self.size} bytes")
         try:
-            self._read()
+            with uncollected():
+                self._read()
         except UnicodeDecodeError as error:
             raise refuse(self.path, "name", "UTF-8", error) from None
-
-    @cached_property
-    def memory(self) -> mmap.mmap:
-        """The mapped file."""
-        with open(self.path, "rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def release(self, tensors) -> None:
-        """Give the pages of tensors that were read back to the system."""
-        for tensor in tensors:
-            start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-                self.memory.madvise(mmap.MADV_DONTNEED, start, length)
 
     def _read(self) -> None:
         cursor = _Cursor(self.memory, self.size, self.path)

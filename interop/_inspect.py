@@ -10,10 +10,10 @@ from pathlib import Path
 
 from qfunc._spec import Scheme, bits_of
 
-from ._checkpoint import gguf_file, is_gguf, locate, open_source
-from ._load import Leaf, Plan, make_plan
+from ._checkpoint import gguf_file, is_gguf, locate, plan_folder
+from ._load import Leaf, Plan
 
-NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def inspect(path: str | Path) -> Inspection:
         return _report(path, "gguf", config, plan, len(files.tensors), sum(t.nbytes for t in files.tensors.values()))
     if (path / "qfunc.json").exists():
         return _native(path)
-    family, source = open_source(path)
-    plan = make_plan(source, family)
-    return _report(path, family.name if family is not None else "float", source.config, plan, len(source.files), source.files.nbytes)
+    whole = plan_folder(path)
+    return _report(path, whole.format, whole.config, whole.plan, whole.tensors, whole.nbytes)
 
 
 def _report(path: Path, name: str, config: dict, plan: Plan, tensors: int, nbytes: int) -> Inspection:

@@ -21,9 +21,10 @@ from qfunc._qtensor import QTensor
 
 from ._buffers import empty, owned
 from ._family import Family, Source
+from ._fields import unknown
 from ._paths import ALREADY_IN_OUT, EXPERT, cache_scale, is_kernel, leaf_name, split_path
 from ._plan import Layer, Parts
-from ._refuse import refuse
+from ._refuse import refuse, short, uncollected
 from .safetensors import FLOATS, Tensor
 
 INTEGERS = {"I64": np.int32, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "U32": np.uint32}
@@ -73,6 +74,11 @@ class Plan:
 
 def make_plan(source: Source, family: Family | None) -> Plan:
     """Plan every tensor of a checkpoint: each becomes (part of) a leaf, or the checkpoint is refused."""
+    with uncollected():
+        return _make_plan(source, family)
+
+
+def _make_plan(source: Source, family: Family | None) -> Plan:
     settings = family.settings(source) if family is not None else None
     if family is not None:
         _unknown_fields(source, family)
@@ -105,14 +111,18 @@ def make_plan(source: Source, family: Family | None) -> Plan:
     _add_layers(plan, quantized)
     _add_floats(plan, floats, family, in_out)
     _no_collisions(plan, source)
+    for name, before in source.aliases.items():
+        module, alias = split(name)[0], before.rpartition(".")[0]
+        if module in plan.names:
+            plan.names.setdefault(alias, plan.names[module])
     return plan
 
 
 def _unknown_fields(source: Source, family: Family) -> None:
-    unknown = [key for key, value in source.quant.data.items() if key not in family.fields and value not in (None, [], {}, False)
-               and not (isinstance(value, str) and "." in key)]
-    if unknown:
-        source.notes.append(f"fields of the configuration that are not known: {', '.join(map(repr, sorted(unknown)))}")
+    found = sorted(set(unknown(family.name, family.fields, source.quant.data)))
+    if found:
+        more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+        source.notes.append(f"fields of the configuration that are not known: {', '.join(map(short, found[:20]))}{more}")
 
 
 def _cache_leaf(module: str, name: str, tensor: Tensor) -> Leaf:

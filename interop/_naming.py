@@ -31,6 +31,8 @@ def _base(weight: WeightSpec, activation: ActivationSpec | None) -> str:
     code = weight.code
     if "int" in code:
         return _integer(weight, activation)
+    if weight.scale_rule == "mx_dual":
+        return "mxfp4_dual"
     if weight.scale_dtype == "e8m0" and weight.granularity.kind == "group":
         stem = {"fp8_e4m3": "mxfp8", "fp8_e5m2": "mxfp8_e5m2", "fp6_e2m3": "mxfp6", "fp6_e3m2": "mxfp6_e3m2", "fp4_e2m1": "mxfp4"}[code]
         if activation is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,6 +16,8 @@ JSON_LIMIT = 48 * 2**20
 """Bytes of JSON that are parsed at most: the header of half a million tensors. (The safetensors format itself allows 100 MB.)"""
 
 
+MOST_KEYS = 2**21
+"""Keys of a JSON document: those of half a million tensors' entries. Each costs a microsecond and more, however few bytes it has."""
 DENSE = 2**20
 """Bytes of JSON above which its density is looked at."""
 
@@ -39,24 +42,34 @@ def unique_pairs(where):
     return build
 
 
+@contextlib.contextmanager
+def uncollected():
+    """Without the garbage collector, which would look again and again at hundreds of thousands of new objects that have no cycles."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def parse_json(data: bytes, where):
     """JSON that came from a stranger: size, nesting, duplicate keys and number lengths are bounded."""
     if len(data) > JSON_LIMIT:
         raise refuse(where, "JSON", f"at most {JSON_LIMIT} bytes", len(data))
+    if len(data) > DENSE and (data.count(b":") > MOST_KEYS or data.count(b",") > 2 * MOST_KEYS):
+        raise refuse(where, "JSON", f"at most {MOST_KEYS} keys", "more")
     if len(data) > DENSE and data.count(b"[") + data.count(b"{") > len(data) // 12:
         # A megabyte of brackets becomes thirty of Python objects; a tensor's entry has three in 52 bytes or more.
         raise refuse(where, "JSON", "at most one bracket in 12 bytes", "more: objects without content")
-    collecting = gc.isenabled()
-    gc.disable()            # millions of new objects without a cycle among them would be looked at again and again
-    try:
-        return json.loads(data, object_pairs_hook=unique_pairs(where))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise refuse(where, "JSON", "a valid document", f"{type(error).__name__}: {error}") from None
-    finally:
-        if collecting:
-            gc.enable()
+    with uncollected():
+        try:
+            return json.loads(data, object_pairs_hook=unique_pairs(where))
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise refuse(where, "JSON", "a valid document", f"{type(error).__name__}: {error}") from None
 
 
 def read_json(path: Path) -> dict:

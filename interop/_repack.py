@@ -187,13 +187,16 @@ def padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return codes.reshape(*words.shape[:-1], -1)[..., :count].astype(np.uint8)
 
 
-def by_rows(data: np.ndarray, unpack: Callable, bits: int, columns: int, fill: int) -> np.ndarray:
-    """Canonical rows of any packing that `unpack(rows of data) -> uint8 codes [n, columns]` understands; 8-bit codes stay bytes."""
+def by_rows(data: np.ndarray, unpack: Callable, bits: int, columns: int, fill: int, each: int = 1) -> np.ndarray:
+    """Canonical rows of any packing that `unpack(rows of data) -> uint8 codes [n, columns]` understands; 8-bit codes stay bytes.
+
+    `each`: rows of the result that a row of the data holds.
+    """
     size = columns if bits == 8 else packed_size(columns, bits)
-    out = empty((len(data), size), np.uint8)
-    for rows in tiles(len(data), 8 * columns):
+    out = empty((each * len(data), size), np.uint8)
+    for rows in tiles(len(data), 8 * each * columns):
         codes = unpack(data[rows])
-        out[rows] = codes if bits == 8 else pack(codes, bits, fill)
+        out[each * rows.start: each * rows.stop] = codes if bits == 8 else pack(codes, bits, fill)
     return out
 
 

@@ -2,8 +2,9 @@
 
 `gemm`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / g, N / 8], `scales` [K / g, N]; nibble i of word c belongs to the output
 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. `gemv`: `qweight` int32 [N, K / 8], `qzeros` int32 [N, w], `scales` [N, 8 w], nibbles in order, the
-last axis of both padded. W[o, k] = scales (q - z). Smoothing is folded into the weights already.
-Source: AutoAWQ, `awq/modules/linear/gemm.py`, `gemv.py`.
+last axis of both padded. W[o, k] = scales (q - z). Smoothing is folded into the weights already. `gemv_fast`: `qweight` int16 [N / 4, K],
+four outputs by 64 inputs interleaved; `scales` and `scaled_zeros` = -(scales z) float16 [G', N], G' padded.
+Source: AutoAWQ, `awq/modules/linear/gemm.py`, `gemv.py`, `gemv_fast.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qfunc._spec import CHANNEL, WeightSpec, group
 from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import KINDS, SCALES, Layer, Parts, value
-from ._repack import AWQ_ORDER, awq_columns, nibble_rows, stream
+from ._repack import AWQ_ORDER, awq_columns, by_rows, nibble_rows, stream
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ def settings(source: Source) -> Settings:
     if quant.integer("bits", "w_bit", low=1, high=8) != 4:
         raise quant.fail("bits", "4")
     quant.boolean("zero_point", True)
-    version = quant.choice("version", ("gemm", "gemv"), quant.choice("checkpoint_format", ("gemm", "gemv"), "gemm"))
+    version = quant.choice("version", VERSIONS, quant.choice("checkpoint_format", VERSIONS, "gemm"))
     return Settings(quant.group_size("group_size", "q_group_size", default=128), version, quant)
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
     if "qweight" not in parts:
         return None
-    return (gemm_layer if config.version == "gemm" else gemv_layer)(config.group, parts)
+    return VERSIONS[config.version](config.group, parts)
 
 
 def gemm_layer(size: int | None, parts: Parts) -> Layer:
@@ -87,9 +88,54 @@ def gemv_layer(size: int | None, parts: Parts) -> Layer:
     return Layer(parts.module, scheme, (ins, outs), build, extras, parts.all)
 
 
+def fast_codes(words: np.ndarray) -> np.ndarray:
+    """Codes uint8 [4 n, K] of gemv_fast's words uint16 [n, K]: nibbles of 4 outputs x 64 inputs in order, inputs shuffled by 32."""
+    rows, ins = words.shape
+    nibbles = (words[..., None] >> np.arange(0, 16, 4, dtype=np.uint16)).astype(np.uint8) & 15
+    plain = nibbles.reshape(rows, ins // 64, 4, 64).transpose(0, 2, 1, 3)
+    # Within 32 inputs the tool puts pairs (0, 1), (8, 9), ... side by side, then in each eight the even places before the odd ones.
+    pairs = plain.reshape(-1, 4, 2, 4).transpose(0, 1, 3, 2).reshape(-1, 4, 4, 2)
+    return pairs.transpose(0, 2, 1, 3).reshape(4 * rows, ins)
+
+
+def fast_layer(size: int | None, parts: Parts) -> Layer:
+    """The layer of AWQ's fast GEMV tensors."""
+    weight = parts.take("qweight", "I16", ndim=2)
+    outs, ins = weight.shape[0] * 4, weight.shape[1]
+    if ins % 64:
+        raise parts.fail("qweight", "a number of inputs that 64 divides", ins)
+    size = min(size or ins, ins)
+    groups = -(-ins // size)
+    scales = parts.take("scales", SCALES, ndim=2)
+    if scales.shape[0] < groups or scales.shape[1] != outs:
+        raise parts.fail("scales", f"shape [{groups}, {outs}] or taller", list(scales.shape))
+    zeros = parts.take("scaled_zeros", scales.dtype, scales.shape)
+    scheme = named(WeightSpec("uint4", CHANNEL if groups == 1 else group(size), "int", KINDS[scales.dtype], scale_rule="minmax"))
+    extras = parts.bias(outs)
+    parts.done()
+
+    def zero_points(scale: np.ndarray) -> np.ndarray:
+        products = value(parts, "scaled_zeros", zeros)[:groups].T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = np.rint(-products.astype(np.float32) / scale.astype(np.float32))
+        found = np.where(np.isfinite(found), found, 0)
+        again = -(scale.astype(np.float32) * found).astype(scale.dtype)
+        if not ((found >= 0) & (found <= 15)).all() or (again != products).any():
+            raise parts.fail("scaled_zeros", "products of the scales and zero points from 0 to 15", "others")
+        return found.astype(np.uint8)
+
+    def build() -> dict[str, np.ndarray]:
+        scale = np.ascontiguousarray(value(parts, "scales", scales)[:groups].T)
+        return {"codes": by_rows(weight.read().view(np.uint16), fast_codes, 4, ins, 0, each=4), "scale": scale,
+                "zero": zero_points(scale)}
+    return Layer(parts.module, scheme, (ins, outs), build, extras, parts.all)
+
+
+VERSIONS = {"gemm": gemm_layer, "gemv": gemv_layer, "gemv_fast": fast_layer}
 FIELDS = {
     "quant_method": "read", "bits": "read: 4", "w_bit": "read where bits is absent", "group_size": "read",
-    "q_group_size": "read where group_size is absent", "zero_point": "checked; the tensors tell", "version": "read: gemm or gemv",
+    "q_group_size": "read where group_size is absent", "zero_point": "checked; the tensors tell",
+    "version": "read: gemm, gemv or gemv_fast",
     "checkpoint_format": "read where version is absent", "format": "repeats checkpoint_format", "method": "repeats quant_method",
     "modules_to_not_convert": "not needed: the tensors tell", "backend": "a choice of kernels", "do_fuse": "a choice of kernels",
     "fuse_max_seq_len": "a choice of kernels", "exllama_config": "a choice of kernels", "modules_to_fuse": "a choice of kernels",
@@ -99,4 +145,4 @@ FIELDS = {
     "iters": "how it was calibrated",
     "dynamic": "not needed: AWQ has one width",
 }
-FAMILY = Family("awq", settings, layer, frozenset({"qweight", "qzeros"}), fields=FIELDS)
+FAMILY = Family("awq", settings, layer, frozenset({"qweight", "qzeros", "scaled_zeros"}), fields=FIELDS)

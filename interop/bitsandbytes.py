@@ -9,6 +9,7 @@ Source: bitsandbytes 0.50, `functional.py` (`QuantState.as_dict`), `nn/modules.p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +86,8 @@ def four_bit_layer(parts: Parts) -> Layer:
         raise parts.fail(STATE + kind, "a shape of two positive integers", repr(shape))
     outs, ins = shape
     size = integer(state.get("blocksize"), parts.all[0].file.path, f"{parts.module}: blocksize", 1, 2**20)
-    if ins % size:
-        raise parts.fail("weight", f"rows of whole blocks of {size}: scales that belong to parts of two rows are not read", f"{ins} inputs")
+    if ins % 2:
+        raise parts.fail("weight", "rows of whole bytes", f"{ins} inputs")
     weight = parts.take("weight", ("U8", "BF16", "F16", "F32"))
     if weight.nbytes * 2 != outs * ins:
         raise parts.fail("weight", f"{outs * ins // 2} bytes for {shape}", weight.nbytes)
@@ -94,14 +95,19 @@ def four_bit_layer(parts: Parts) -> Layer:
     known = parts.take("weight.quant_map", "F32", (16,)).read() if "weight.quant_map" in parts else np.asarray(table, np.float32)
     if not np.allclose(known, np.asarray(table, np.float32), rtol=0, atol=1e-6):
         raise parts.fail("weight.quant_map", f"the values of {kind}", known.tolist())
-    blocks, rows = ins // size, outs
+    count = -(-outs * ins // size)
     nested = "weight.nested_absmax" in parts
-    absmax = parts.take("weight.absmax", "U8" if nested else ("F32",), [(rows * blocks,), (rows * blocks, 1)])
-    readers = {"scale": lambda: value(parts, "weight.absmax", absmax).reshape(rows, blocks)}
-    spec = WeightSpec(code, group(size))
-    if nested:
-        spec = WeightSpec(code, group(size), scale_dtype="uint8", scale2_dtype="float32", scale_rule="double")
-        readers.update(_nested(parts, state, kind, rows * blocks))
+    absmax = parts.take("weight.absmax", "U8" if nested else ("F32",), [(count,), (count, 1)])
+    more = _nested(parts, state, kind, count) if nested else {}
+    if ins % size:
+        # Blocks that begin in one row and end in the next: each row repeats its share of their scales, in the largest groups that fit.
+        own = math.gcd(ins, size)
+        first = np.arange(0, outs * ins, own, dtype=np.int64) // size
+        readers = {"scale": lambda: _plain(parts, absmax, more)[first].reshape(outs, ins // own)}
+        spec = WeightSpec(code, group(own))
+    else:
+        readers = {"scale": lambda: value(parts, "weight.absmax", absmax).reshape(outs, ins // size), **more}
+        spec = WeightSpec(code, group(size), **DOUBLE) if nested else WeightSpec(code, group(size))
     extras = {"bias": parts.take("bias", tuple(FLOATS), (outs,)).read} if "bias" in parts else {}
     parts.done()
 
@@ -111,6 +117,18 @@ def four_bit_layer(parts: Parts) -> Layer:
     readers["codes"] = codes
     return Layer(parts.module, named(spec), (ins, outs), lambda: common.run(readers), extras, parts.all,
                  dtype=str(state.get("dtype", "")).removeprefix("torch.") or None)
+
+
+DOUBLE = {"scale_dtype": "uint8", "scale2_dtype": "float32", "scale_rule": "double"}
+
+
+def _plain(parts: Parts, absmax, nested: dict) -> np.ndarray:
+    """The scales of all blocks in float32, as `dequantize_blockwise` of bitsandbytes computes nested ones."""
+    array = value(parts, "weight.absmax", absmax).reshape(-1)
+    if not nested:
+        return array
+    outer, offset = nested["scale2"]()[0], nested["scale_offset"]()[0, 0]
+    return dynamic_map()[array] * np.repeat(outer, NESTED_BLOCK)[: array.size] + offset
 
 
 def _nested(parts: Parts, state: dict, kind: str, count: int) -> dict:

@@ -1,7 +1,8 @@
-"""FP8 checkpoints with `quant_method: fp8` (one scale per tensor or channel, or DeepSeek's blocks) and their int8 twin `blockwise_int8`.
+"""FP8 checkpoints with `quant_method: fp8` (one scale per tensor or channel, or DeepSeek's blocks), `fbgemm_fp8` and `blockwise_int8`.
 
 `weight` e4m3 or int8 [N, K]; `weight_scale` or, in blocks of `weight_block_size` (out, in), `weight_scale_inv` [ceil(N/bn), ceil(K/bk)],
-which multiplies despite its name; `input_scale` where activations are static. Block scales may be exponents (e8m0).
+which multiplies despite its name; `input_scale` where activations are static. Block scales may be exponents (e8m0). `fbgemm_fp8`: scales
+per channel, activations per token, clipped to `activation_scale_ub` (`input_scale_ub` of the layer, where it has one).
 Source: DeepSeek-V3, `inference/kernel.py`; transformers, `integrations/finegrained_fp8.py`; SGLang, `quantization/fp8.py`.
 """
 
@@ -9,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfunc._spec import TENSOR, TOKEN, ActivationSpec, block, group
+from qfunc._spec import CHANNEL, TENSOR, TOKEN, ActivationSpec, block, group
 
 from . import _common as common
 from ._family import Family, Source
-from ._plan import SCALES, Layer, Parts
+from ._plan import SCALES, Layer, Parts, number
 
-MARKS = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
+MARKS = frozenset({"weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub"})
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 
 
@@ -24,10 +25,17 @@ class Settings:
     block: tuple[int, int] | None
     static: bool
     kind: str
+    fbgemm: bool = False
+    bound: float | None = None
 
 
 def settings(source: Source) -> Settings:
     quant = source.quant
+    if quant.get("quant_method") == "fbgemm_fp8":
+        bound = quant.get("activation_scale_ub", 1200.0)
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e30:
+            raise quant.fail("activation_scale_ub", "a positive number")
+        return Settings(None, False, "F8_E4M3", True, float(bound))
     kind = "I8" if "int8" in quant.get("quant_method") else "F8_E4M3"
     static = quant.choice("activation_scheme", ("static", "dynamic"), "dynamic") == "static"
     quant.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
@@ -42,6 +50,8 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
     weight = parts.tensors.get("weight")
     if weight is None or weight.dtype != config.kind:
         return None
+    if config.fbgemm:
+        return _fbgemm(config, parts)
     name = next((n for n in SCALE_NAMES if n in parts), "weight_scale")
     if config.block is not None and name != "weight_scale":
         if name in parts and parts.tensors[name].dtype == "I32":
@@ -55,6 +65,16 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
     return common.byte_layer(parts, scale=name, activation=act, dtypes=(config.kind,), readers=common.inputs(parts, act))
 
 
+def _fbgemm(config: Settings, parts: Parts) -> Layer:
+    bound = config.bound
+    if "input_scale_ub" in parts:
+        bound = float(number(parts, "input_scale_ub")()[0, 0])
+        if bound <= 0:
+            raise parts.fail("input_scale_ub", "a positive number", bound)
+    act = ActivationSpec("fp8_e4m3", TOKEN, bound=bound)
+    return common.byte_layer(parts, grain=CHANNEL, activation=act, dtypes=("F8_E4M3",))
+
+
 def _dynamic(parts: Parts, name: str, code: str) -> ActivationSpec:
     count = parts.tensors[name].shape if name in parts else ()
     return ActivationSpec(code, TENSOR if count in ((), (1,), (1, 1)) else TOKEN)
@@ -65,5 +85,6 @@ FIELDS = {
     "scale_fmt": "checked: the values "
     "are powers of two already", "ignored_layers": "not needed: the tensors tell", "modules_to_not_convert": "not needed: the tensors tell",
     "kv_cache_scheme": "not needed: the scales tell", "dequantize": "a choice at load", "exclude_modules": "not needed: the tensors tell",
+    "activation_scale_ub": "read by fbgemm_fp8: what activations are clipped to",
 }
 FAMILY = Family("fp8", settings, layer, MARKS, fields=FIELDS, kv_code=lambda s: "fp8_e4m3")

@@ -9,6 +9,7 @@
 | W4A8_DYNAMIC, W4A16 | two outputs per byte, or one code; `weight_scale`, `weight_scale_second` [N, G], `scale_bias` (checked) |
 | WFP8AFP8_DYNAMIC | e4m3 `weight`, `weight_scale` [N, 1] |
 | W8A8_MXFP8, W4A8_MXFP, W4A4_MXFP4 | e4m3 or nibbles, `weight_scale` exponents [N, K / 32] |
+| W4A4_MXFP4_DUALSCALE | the same and `weight_dual_scale` float32 [N, K / 512, 1], which multiplies |
 
 `quant_bias` already holds the zero point's share -offset sum_k(w) and the float bias, rounded; the bias is taken from the float tensor, or
 worked back out of `quant_bias` where there is none. Online rotations (`heads_rotation`, `kronecker_rotation_m`, `_n`) stay beside
@@ -18,20 +19,23 @@ Source: msModelSlim 26.1, `msmodelslim/core/quant_service/modelslim_v1/save/asce
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from qfunc._pack import unpack
+from qfunc._scales import DUAL_SPAN
 from qfunc._spec import CHANNEL, TENSOR, TOKEN, ActivationSpec, Granularity, WeightSpec, group
 
 from . import _common as common
 from ._family import Config, Family, Source
 from ._naming import named
+from ._paths import cache_scale
 from ._plan import SCALES, Layer, Parts, number, scale_reader, value
 from ._refuse import inside, refuse
-from ._repack import byte_codes, row_pairs
+from ._repack import byte_codes, nibble_rows, row_pairs
 
 INT8, INT4 = ActivationSpec("int8", TOKEN), ActivationSpec("int4", TOKEN)
 STATIC = ActivationSpec("int8", TENSOR, mode="static", zero="int")
@@ -41,6 +45,7 @@ ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n", "
 @dataclass(frozen=True)
 class Settings:
     types: dict[str, str]
+    parts: dict[str, list[str]]
     config: Config
     kv: str | None
 
@@ -59,7 +64,15 @@ def settings(source: Source) -> Settings:
         section = section.section(key) if section is not None else None
     for name in section.data.values() if section is not None else ():
         inside(source.path, name, quant.where)
-    return Settings(types, quant, "int8" if cache_kind == "c8" else None)
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in types:
+        module, part = split(name)
+        parts[module].append(part)
+    attention = sorted({kind for name, kind in types.items() if name.endswith(".quant_type")})
+    if attention:
+        count = sum(name.endswith(".quant_type") for name in types)
+        source.notes.append(f"{count} attention layers are quantized at run time ({', '.join(attention)}): that is left to the model")
+    return Settings(types, parts, quant, "int8" if cache_kind == "c8" else None)
 
 
 def _rotations(source: Source, quarot: Config) -> None:
@@ -84,6 +97,9 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
         return None
     if kind not in TYPES:
         raise parts.fail("weight", f"a type among FLOAT, {', '.join(TYPES)}", kind)
+    missing = [part for part in config.parts[parts.module] if part not in parts and not cache_scale(parts.module, part)]
+    if missing:
+        raise parts.fail(missing[0], f"the tensor that {config.config.where} lists", "none")
     return TYPES[kind](config, parts)
 
 
@@ -275,6 +291,19 @@ def fp8(config: Settings, parts: Parts) -> Layer:
     return common.finish(parts, scheme, outs, ins, readers, extras=_extras(parts))
 
 
+def dual(config: Settings, parts: Parts) -> Layer:
+    weight = parts.take("weight", ("U8", "I8"), ndim=2)
+    outs, ins = weight.shape[0], weight.shape[1] * 2
+    _, exponents = scale_reader(parts, "weight_scale", common.MX, outs, ins, common.E8M0)
+    spans = -(-ins // DUAL_SPAN)
+    outer = parts.take("weight_dual_scale", "F32", [(outs, spans, 1), (outs, spans)])
+    readers = {"codes": lambda: nibble_rows(weight.read().view(np.uint8), ins), "scale": exponents,
+               "scale2": lambda: value(parts, "weight_dual_scale", outer).reshape(outs, spans), **_smooth(parts, ins)}
+    spec = WeightSpec("fp4_e2m1", common.MX, scale_dtype="e8m0", scale2_dtype="float32", scale_rule="mx_dual", rounding="rha")
+    scheme = named(spec, common.mx_input("fp4_e2m1", "mx_dual"))
+    return common.finish(parts, scheme, outs, ins, readers, extras=_extras(parts))
+
+
 def mx(code: str, rule: str, act: str, act_rule: str):
     def read(config: Settings, parts: Parts) -> Layer:
         weight = parts.tensors.get("weight")
@@ -292,7 +321,7 @@ TYPES = {
     "W4A8_DYNAMIC": four(INT8),
     "W4A4_DYNAMIC": four(INT4), "W4A4_FLATQUANT_DYNAMIC": four(INT4), "WFP8AFP8_DYNAMIC": fp8, "W8A8FP8_DYNAMIC": fp8,
     "W8A8_MXFP8": mx("fp8_e4m3", "mx_floor", "fp8_e4m3", "mx_floor"), "W4A8_MXFP": mx("fp4_e2m1", "mx_even1", "fp8_e4m3", "mx_floor"),
-    "W4A4_MXFP4": mx("fp4_e2m1", "mx_even1", "fp4_e2m1", "mx_even1"),
+    "W4A4_MXFP4": mx("fp4_e2m1", "mx_even1", "fp4_e2m1", "mx_even1"), "W4A4_MXFP4_DUALSCALE": dual,
 }
 MARKS = frozenset({"weight_scale", "deq_scale", "quant_bias", "input_scale", "input_offset"})
 

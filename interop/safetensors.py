@@ -9,17 +9,17 @@ duplicate names, dtypes, shapes against sizes, overlaps, holes and the end of th
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from ._refuse import JSON_LIMIT, inside, parse_json, read_json, refuse, regular_size, short
+from ._mapped import MappedFile
+from ._refuse import JSON_LIMIT, inside, parse_json, read_json, refuse, regular_size, short, uncollected
 
 # Bits of one element, and the numpy type it is read as. Elements below a byte are read as bytes: their last axis is in bytes.
 DTYPES: dict[str, tuple[int, np.dtype]] = {name: (bits, np.dtype(kind)) for name, bits, kind in (
@@ -56,17 +56,18 @@ class Tensor:
         return flat.view(kind).reshape(shape)
 
 
-class File:
+class File(MappedFile):
     """One safetensors file: `path`, `size`, `metadata` (strings) and `tensors` (name to `Tensor`, in the order of the data)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.size = regular_size(self.path)
-        header, start = self._header()
-        self.metadata = self._metadata(header.pop("__metadata__", {}))
-        found = sorted((self._tensor(name, entry, start) for name, entry in header.items()), key=lambda t: (t.offset, t.nbytes))
-        self._tile(found, start)
-        self.tensors: dict[str, Tensor] = {t.name: t for t in found}
+        with uncollected():
+            header, start = self._header()
+            self.metadata = self._metadata(header.pop("__metadata__", {}))
+            found = sorted((self._tensor(name, entry, start) for name, entry in header.items()), key=lambda t: (t.offset, t.nbytes))
+            self._tile(found, start)
+            self.tensors: dict[str, Tensor] = {t.name: t for t in found}
 
     def _header(self) -> tuple[dict, int]:
         with open(self.path, "rb") as stream:
@@ -121,20 +122,6 @@ class File:
         if tensors and first != start or last != self.size:
             raise refuse(self.path, "data", f"tensors that fill the file from byte {start} to {self.size}", f"{first} to {last}")
 
-    def release(self, tensors) -> None:
-        """Give the pages of tensors that were read back to the system; a view into them would read the file again."""
-        for tensor in tensors:
-            start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-                self.memory.madvise(mmap.MADV_DONTNEED, start, length)
-
-    @cached_property
-    def memory(self) -> mmap.mmap:
-        """The mapped file."""
-        with open(self.path, "rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
 
 class Files(Mapping):
     """The tensors of several files as one mapping from name to `Tensor`."""
@@ -149,6 +136,12 @@ class Files(Mapping):
                     other = self._tensors[name].file.path.name
                     raise refuse(file.path, f"tensor {name!r}", "a name of its own", f"the same name in {other}")
                 self._tensors[name] = tensor
+
+    def under(self, tensors: dict[str, Tensor]) -> Files:
+        """The same files, their tensors under other names."""
+        out = copy(self)
+        out._tensors = tensors
+        return out
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

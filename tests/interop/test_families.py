@@ -241,7 +241,7 @@ BAD = {
     "g_idx negative": (GPTQ, {**GOOD, "g_idx": np.full(K, -1, np.int32)}, "g_idx: expected groups from 0 to 1"),
     "g_idx uneven": (GPTQ, {**GOOD, "g_idx": (np.arange(K) >= 100).astype(np.int32)}, "g_idx: expected groups of 128"),
     "g_idx length": (GPTQ, {**GOOD, "g_idx": np.zeros(7, np.int32)}, "g_idx: expected shape"),
-    "awq bits": ({**AWQ, "bits": 8}, GOOD, "bits: expected 4"), "awq version": ({**AWQ, "version": "gemv_fast"}, GOOD,
+    "awq bits": ({**AWQ, "bits": 8}, GOOD, "bits: expected 4"), "awq version": ({**AWQ, "version": "gemm_fast"}, GOOD,
                                                                                 "version: expected one of"),
     "ct format": ({**CT, "format": "marlin-24"}, INT8, "format among"), "ct no groups": ({**CT, "config_groups": {}}, INT8,
                                                                                          "config_groups"),
@@ -329,3 +329,75 @@ def test_a_group_for_the_experts_class_comes_before_linear(tmp_path):
     config = {**CT, "config_groups": {"a": group(8, "Linear"), "b": group(4, "MoEGMM")}}
     folder = checkpoint(tmp_path, {**under(INT8), **under(INT8, "model.layers.0.mlp.experts.0.up_proj")}, config)
     assert sorted(s.name for s in qfunc.load(folder).schemes.values()) == ["w4a16", "w8a16"]
+
+
+def fast_words(q):
+    """Codes [N, K] as AutoAWQ's `gemv_fast` interleaves them, one element at a time."""
+    outs, ins = q.shape
+    words = np.zeros((outs // 4, ins), np.uint16)
+    order = [0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27, 4, 5, 12, 13, 20, 21, 28, 29, 6, 7, 14, 15, 22, 23, 30, 31]
+    order = [order[8 * (i // 8) + (0, 2, 4, 6, 1, 3, 5, 7)[i % 8]] for i in range(32)]
+    for n in range(outs):
+        for k in range(ins):
+            place = 64 * (n % 4) + k % 64                  # of the 256 nibbles of 4 outputs x 64 inputs
+            source = 32 * (k // 32) + order[k % 32]
+            words[n // 4, 64 * (k // 64) + place // 4] |= np.uint16(int(q[n, source]) << 4 * (place % 4))
+    return words.view(np.int16)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_awqs_fast_gemv(tmp_path, group):
+    rng, groups = generator(), K // group
+    q, z = rng.integers(0, 16, (64, K)).astype(np.uint8), rng.integers(0, 16, (64, groups))
+    s = rng.uniform(.01, .02, (64, groups)).astype(np.float16)
+    tall = np.zeros((8, 64), np.float16)
+    scales, products = tall.copy(), tall.copy()
+    scales[:groups], products[:groups] = s.T, -(s.astype(np.float32) * z).astype(np.float16).T
+    tensors = {"qweight": fast_words(q), "scales": scales, "scaled_zeros": products}
+    config = {**AWQ, "group_size": group, "version": "gemv_fast"}
+    folder = checkpoint(tmp_path, under(tensors), config)
+    want = (q - np.repeat(z, group, 1)) * np.repeat(s.astype(np.float32), group, 1)
+    assert np.array_equal(dense(folder).T, want)
+    tensors["scaled_zeros"] = products + np.float16(.004)
+    with pytest.raises(CheckpointError, match="products of the scales"):
+        qfunc.load(checkpoint(tmp_path, under(tensors), config))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_fbgemm_clips_activations_to_its_bound(tmp_path, own):
+    rng = generator()
+    w, s = rng.standard_normal((32, 64)).astype(ml_dtypes.float8_e4m3fn), rng.uniform(.01, .02, (32, 1)).astype(np.float32)
+    tensors = {"weight": w, "weight_scale": s, **({"input_scale_ub": np.array([3.], np.float32)} if own else {})}
+    loaded = qfunc.load(checkpoint(tmp_path, under(tensors), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 7.0 if own else 3.0}))
+    leaf = loaded.weight(M)
+    assert leaf.scheme.name == "fp8_dynamic" and leaf.scheme.activation.bound == 3
+    assert np.array_equal(dense(tmp_path).T, w.astype(np.float32) * s)
+    x = (10 * rng.standard_normal((5, 64))).astype(np.float32)
+    # fbgemm's own form of it: the row's largest magnitude, at most the bound, lands on 448; what is beyond is clipped.
+    scale = np.minimum(np.abs(x).max(1, keepdims=True), 3) / np.float32(448)
+    codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    got = qfunc.quantize_activation(x, leaf)
+    assert np.array_equal(got.codes, codes) and np.array_equal(got.scale, scale)
+    want = (codes.astype(np.float64) * scale) @ (w.astype(np.float64) * s).T
+    assert np.allclose(qfunc.matmul(x, leaf), want, rtol=1e-5, atol=1e-5)
+    assert np.allclose(qfunc.matmul(x, leaf), qfunc.matmul(np.clip(x, -3, 3), leaf))
+
+
+@pytest.mark.parametrize(("outs", "ins"), [(8, 96), (12, 40), (6, 32), (128, 160)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_blocks_that_cross_rows(tmp_path, outs, ins, nested):
+    torch, functional = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes.functional")
+    w = torch.from_numpy(generator().standard_normal((outs, ins)).astype(np.float32))
+    packed, state = functional.quantize_4bit(w, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    tensors = {"weight": packed.numpy(), **{f"weight.{name}": value.numpy() for name, value in state.as_dict(packed=True).items()}}
+    folder = checkpoint(tmp_path, under(tensors), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    # On a CPU bitsandbytes 0.50 restarts its blocks at every row of such a matrix (far from what it quantized); as one row it is right.
+    state.shape = torch.Size((1, outs * ins))
+    assert np.array_equal(dense(folder).T, functional.dequantize_4bit(packed, state).numpy().reshape(outs, ins))
+    assert np.abs(dense(folder).T - w.numpy()).mean() < .15
+
+
+@pytest.mark.parametrize("version", ["gemv_fast", "gemv", "gemm"])
+def test_awq_without_its_zero_points_or_words_is_refused(tmp_path, version):
+    with pytest.raises(CheckpointError):
+        qfunc.load(checkpoint(tmp_path, under({"qweight": np.zeros((4, 128), np.int16)}), {**AWQ, "version": version}))

@@ -16,7 +16,6 @@ from checkpoints import DATA, checkpoint, header_and_data, write_file
 
 import qfunc
 from qfunc import CheckpointError
-from qfunc.interop._detect import METHODS, family
 
 ROOT = Path(__file__).parent.parent.parent
 MODULE = "model.layers.0.self_attn.k_proj"
@@ -94,7 +93,8 @@ def test_unknown_fields_are_notes(tmp_path):
     assert any("'novelty'" in note for note in qfunc.load(folder).notes)
 
 
-def test_inspecting_a_hundred_gigabytes_reads_headers_alone(tmp_path):
+@pytest.mark.slow
+def test_inspecting_a_hundred_gigabytes_takes_two_seconds(tmp_path):
     header, place = {}, 0
     for layer in range(60):
         for name, shape, kind, size in [(f"experts.{e}.{p}_proj.{part}", shape, kind, size) for e in range(64) for p in ("gate",
@@ -114,7 +114,7 @@ def test_inspecting_a_hundred_gigabytes_reads_headers_alone(tmp_path):
     qfunc.interop.inspect(DATA / "ct-fp8-dynamic")                                  # imports are not part of it
     start = time.process_time()
     seen = qfunc.interop.inspect(tmp_path)
-    assert time.process_time() - start < 20     # a bound against reading what the headers name, not a benchmark
+    assert time.process_time() - start < 2      # of processor time: a busy machine is not the reader's fault
     assert seen.nbytes > 96e9 and seen.tensors == 60 * 64 * 6 and len(seen.rows) == 3
 
 
@@ -140,15 +140,6 @@ def test_memory_stays_under_the_packed_size_plus_the_largest_leaf(tmp_path):
     loaded = qfunc.load(folder)
     packed = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
     assert peak() - before < packed + 8 * size * size
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS.values())))
-def test_the_note_lists_every_field(name):
-    text = (ROOT / "docs" / "formats.md").read_text()
-    found = family(name)
-    section = text.partition(f"### {found.name}\n")[2].partition("\n### ")[0]
-    listed = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.M))
-    assert listed == {field: " ".join(what.split()) for field, what in found.fields.items()}
 
 
 def _mutations():

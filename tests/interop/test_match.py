@@ -48,9 +48,9 @@ def test_a_fused_layer_is_named_by_all_of_its_parts():
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "((a*)*)*b", "(a|aa)+$", "(.*a){20}", ".*.*.*.*.*.*.*.*x", r"(\w+\.?)+!", "(a?){50}a{50}b"])
 def test_no_pattern_takes_long(pattern):
-    start = time.time()
+    start = time.process_time()
     matches(pattern, "a" * 300 + "!?")
-    assert time.time() - start < 20
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{2", "[z-a]", "(?P<x>a)(?P=x)(b+)+", "a" * 3000, "(?i:(a+)+)b(c*)*", "*"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qfunc._pack import pack, unpack
+from qfunc._pack import pack
 from qfunc.interop import _compiled
 from qfunc.interop import _repack as repack
 from qfunc.interop import _streams as streams

@@ -73,10 +73,10 @@ def test_lies_are_refused_by_name(tmp_path, lie):
 def test_a_header_longer_than_the_file_is_refused_at_once(tmp_path, length):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", length) + b"{}")
-    start = time.time()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="header length"):
         File(path)
-    assert time.time() - start < 10
+    assert time.process_time() - start < 1
 
 
 def shard(folder, name, tensors):
@@ -151,7 +151,26 @@ def test_reading_maps_and_releases(tmp_path):
 
 def test_brackets_without_content_are_refused_before_they_are_parsed(tmp_path):
     path = write_file(tmp_path / "a.safetensors", b'{"a":[' + b"[]," * 2**20 + b"[]]}", b"")
-    start = time.time()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="bracket"):
         File(path)
-    assert time.time() - start < 10
+    assert time.process_time() - start < 1
+
+
+FULL = 2**21 - 1
+"""Keys of the largest JSON that is parsed."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "message"), [
+    (b"{" + b",".join(b'"%d":0' % i for i in range(FULL)) + b"}", "dtype, shape and data_offsets"),
+    (b'{"a":[' + b"0," * (2 * FULL) + b"0]}", "dtype, shape and data_offsets"),
+    (b"{" + b",".join(b'"%d":0' % i for i in range(FULL + 2)) + b"}", "keys"),
+    (b'{"a":[' + b"0," * 20_000_000 + b"0]}", "keys"),
+], ids=["keys", "list", "too many keys", "too long a list"])
+def test_no_header_costs_more_than_five_seconds(tmp_path, data, message):
+    path = write_file(tmp_path / "a.safetensors", data, b"")
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        File(path)
+    assert time.process_time() - start < 5

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 DATA = Path(__file__).parent.parent / "data" / "checkpoints"
-NAMES = {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64", "uint32": "U32", "float16": "F16", "float32": "F32", "float64": "F64",
+NAMES = {"int8": "I8", "int16": "I16", "uint8": "U8", "int32": "I32", "int64": "I64", "uint32": "U32", "float16": "F16", "float32": "F32", "float64": "F64",
          "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0", "bool": "BOOL"}
 
 
