@@ -8,7 +8,7 @@ pages; the re-layouts are those of SGLang's and vllm-ascend's loaders, with thei
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -185,11 +185,6 @@ def a16(s: Source) -> Laid:
     return Laid(operands, {"group": facts.group}, back)
 
 
-def codes16(s: Source) -> Laid:
-    """As `a16`, always for bfloat16: sums of integers leave the range of float16."""
-    return a16(replace(s, dtype=torch.bfloat16))
-
-
 def fp8(s: Source) -> Laid:
     """e4m3 [.., K, N], a transposed view of [.., N, K], and float32 scales [.., N]."""
     weight = s.put(s.leaves["codes"]).transpose(-1, -2)
@@ -235,6 +230,6 @@ def mxfp4_dual(s: Source) -> Laid:
 
 
 LAYOUTS: dict[str, Callable[[Source], Laid]] = {
-    "w8a8": w8a8, "w8a8_static": w8a8_static, "w4a4": w4a4, "w4a8": w4a8, "a16": a16, "codes16": codes16, "fp8": fp8, "mxfp8": mxfp8,
+    "w8a8": w8a8, "w8a8_static": w8a8_static, "w4a4": w4a4, "w4a8": w4a8, "a16": a16, "codes16": a16, "fp8": fp8, "mxfp8": mxfp8,
     "mxfp4_a8": mxfp4, "mxfp4": mxfp4, "mxfp4_dual": mxfp4_dual,
 }

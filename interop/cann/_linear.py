@@ -109,21 +109,24 @@ def _w8a8(w: Placed, x: Rows, bias, out_dtype):
 
 
 def _w8a8_static(w: Placed, x: Rows, bias, out_dtype):
-    """quant_bias and a float bias are both in front of one cast: the operator takes one bias, so a float one takes the other along."""
+    """The operator takes one bias, so a float one takes `quant_bias` along, in float32.
+
+    A float16 result without scales per token knows neither float scales nor float biases, only 64-bit scales of 10 bits of mantissa and
+    int32 biases; a float bias is therefore given to the form with a scale per token, all of them the input's. (ModelSlim rounds the bias
+    to whole steps of deq_scale instead.)
+    """
     o = w.operands
     if x.scale is not o["input_scale"] or out_dtype not in SIXTEEN_BIT:         # rows that were quantized by another scale
         return _w8a8(w, x, bias, out_dtype)
     codes, fixed = x.token()[0], o.get("quant_bias")
     matmul = operator("npu_quant_matmul")
+    if bias is not None and fixed is not None:
+        bias = bias + fixed * o["deq_scale"]
     if out_dtype == torch.bfloat16:
-        if bias is not None and fixed is not None:
-            bias = bias + fixed * o["deq_scale"]
         return matmul(codes, o["weight"], o["deq_scale"], bias=fixed if bias is None else bias, output_dtype=out_dtype)
-    if "deq_scale64" not in o:
-        raise ValueError(f"{w!r} was placed for {w.dtype}, found a result of float16; place it with dtype='float16'")
-    if bias is not None:                                # the float16 row of the operator's table has no float bias
-        bias = torch.round(bias / o["deq_scale"]).to(torch.int32)
-        fixed = bias if fixed is None else fixed + bias
+    if bias is not None or "deq_scale64" not in o:
+        token = o["input_scale"].expand(codes.shape[0]).contiguous()
+        return matmul(codes, o["weight"], o["scale"], pertoken_scale=token, bias=fixed if bias is None else bias, output_dtype=out_dtype)
     return matmul(codes, o["weight"], o["deq_scale64"], bias=fixed, output_dtype=out_dtype)
 
 

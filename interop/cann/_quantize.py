@@ -141,13 +141,20 @@ class Rows:
         return self.per_row(self.zero.to(torch.int32) if self._static() else self.plain().zero)
 
     def codes16(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes less their zero points as 16-bit floats [rows, K], exact (they stay within 256), and float32 scales [rows]."""
+        """Codes less their zero points as 16-bit floats [rows, K], exact (they stay within 256), and float32 scales [rows].
+
+        For float16 the codes are 1 / 128 of themselves and the scales 128 times: their sums would leave its range.
+        """
         if self.spec.code == "int4":
             plain = self.plain()
-            return plain.codes.reshape(-1, self.shape[-1]).to(dtype), self.per_row(plain.scale)
-        codes, scale = self.token()
-        zero = self.zeros()
-        return (codes if zero is None else codes.to(torch.int32) - zero[:, None]).to(dtype), scale
+            codes, scale = plain.codes.reshape(-1, self.shape[-1]), self.per_row(plain.scale)
+        else:
+            codes, scale = self.token()
+            zero = self.zeros()
+            codes = codes if zero is None else codes.to(torch.int32) - zero[:, None]
+        if dtype == torch.float16:
+            return codes.to(dtype) / 128, scale * 128
+        return codes.to(dtype), scale
 
     def mx(self) -> tuple[torch.Tensor, torch.Tensor]:
         """e4m3 [rows, K] or e2m1 uint8 [rows, K / 2], and exponent bytes uint8 [rows, ceil(K / 64), 2]."""

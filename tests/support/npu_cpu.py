@@ -295,7 +295,7 @@ def init_routing(x, expert_idx, *, scale=None, offset=None, active_num=-1, exper
         return codes, row.to(torch.int32), counts, scales
     if quant_mode == 3:
         codes, scales = dynamic_mx_quant(y, dst_type=24)
-        return codes, row.to(torch.int32), counts, scales.flatten(1)
+        return codes, row.to(torch.int32), counts, scales.flatten(1).view(torch.float8_e8m0fnu)
     return y, row.to(torch.int32), counts, torch.zeros(y.shape[0])
 
 

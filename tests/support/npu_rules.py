@@ -41,7 +41,13 @@ def check(name: str, overload, args, named) -> None:
     unknown = set(named) - {a.name for a in arguments}
     need(not unknown, name, f"unknown {', '.join(sorted(unknown))}")
     full.update(named)
-    RULES[name](_Call(name, full))
+    try:
+        RULES[name](_Call(name, full))
+    except Refused:
+        raise
+    except (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
+        # Rules take shapes apart as the form has them.
+        raise Refused(f"{name}: an argument of another rank or kind ({error})") from error
 
 
 def need(holds, name: str, rule: str) -> None:
@@ -346,6 +352,7 @@ def dual_matmul(c: _Call):
     t = _t()
     c.a5()
     rows, n, columns = c.x1.shape[0], c.x2.shape[0], c.x1.shape[1] * 2
+    c.need(c.x1.dim() == c.x2.dim() == 2, "matrices")
     c.need(columns % 512 == 0 and c.x2.shape[1] * 2 == columns, "x1 [M, K / 2], x2 [N, K / 2], K % 512 == 0")
     c.need(c.x1.dtype == t.uint8 and c.x2.dtype == t.int8, "two e2m1 a byte")
     c.tensor("x1_level0_scale", (rows, columns // 512), (t.float32,))
