@@ -26,6 +26,26 @@ SAMPLED = {
         "w4a8_dynamic_g128_asym w4a4_dynamic w4afp8_g128 llm_int8 int4wo_g32 fp8 fp8_dynamic fp8_block fp8_e5m2_w8a16 mxfp8 mxfp6 mxfp4 "
         "mxfp4_a16 nvfp4 nvfp4_a16 nf4 nf4_dq fp4_bnb w4a16_g128_actorder",
     "tests/kernels/test_matmul_oracle.py::test_experts_and_leading_axes_are_their_own_matmuls": "w4a8_dynamic_g32_asym nvfp4 w8a8_block nf4_dq",
+    "tests/interop/test_cann_rules.py::test_integer_sums_are_exact":
+        "*-w8a8-*-bfloat16 w8a8_static_asym-*-bfloat16 w8a8_static_asym-*-float16 w4a8_dynamic_g256-*-bfloat16 "
+        "w4a8_dynamic_g64_asym-*-float16 "
+        "w4a4_dynamic-*-bfloat16",
+    "tests/interop/test_cann_rules.py::test_within_one_step_of_the_float32_sum":
+        "w8a8_static_asym-*-float16 w4a4_dynamic-*-bfloat16 w4a16_g32_asym-*-bfloat16 w8a16_g64_asym-*-float16 "
+        "w4a16_g64_asym_actorder-*-bfloat16 "
+        "mxfp8-*-bfloat16 mxfp4-*-float16 mxfp4_a8-*-bfloat16 mxfp4_dual-*-bfloat16 fp8_dynamic-*-bfloat16 gguf*-bfloat16",
+    "tests/interop/test_cann_rules.py::test_experts_equal_the_reference":
+        "w8a8_dynamic-* w4a8_dynamic_g32-* w4a4_dynamic-* w4a16_g32_asym-* w8a16_g32_asym-* mxfp8-* mxfp4-*",
+    "tests/interop/test_cann_rules.py::test_placement_can_be_undone":
+        "w8a8_dynamic-3 w8a8_static_asym-0 w4a8_dynamic-0 w4a4_dynamic-3 w4a16_g32_asym-0 w5a16_g32-3 w4a16_g32_actorder-0 mxfp8-0 mxfp4-3 "
+        "mxfp4_a8-0 gguf*-0",
+    "tests/interop/test_cann_quantize.py::test_composed_codes_and_scales_equal_the_specification":
+        "w4a4_dynamic w4a8_dynamic_g128_asym w8a8_static_asym fp8_dynamic mxfp4 mxfp6_a6 nvfp4 w8a8_block mxfp4_dual",
+    "tests/interop/test_cann_quantize.py::test_microscaled_rows_equal_the_specification_natively_or_composed":
+        "mx_floor-fp8_e4m3-rne mx_floor-fp8_e4m3-rha mx_rceil-fp8_e4m3-rne mx_rceil-fp4_e2m1-rne mx_even1-fp4_e2m1-rha "
+        "mx_floor-fp4_e2m1-rne",
+    "tests/interop/test_cann_quantize.py::test_an_int8_cache_is_that_of_the_layers":
+        "False-head True-channel",
     "tests/layers/test_parallel.py::test_quantized_logits":
         "dense-tp-w8a8_dynamic dense-tp-w4a16_g128_asym moe-ep-w4a16_g128 moe-tp-mxfp4",
     "tests/layers/test_families.py::test_logits_equal_transformers":
