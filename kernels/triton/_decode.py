@@ -42,20 +42,25 @@ def small_float(code, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, DOT: tl.co
 
     Subnormals come out right, because the product of a subnormal and a power of two is exact; e4m3's two NaN patterns are kept.
     """
-    u = code.to(tl.uint32)
-    magnitude = u & ((1 << (EXPONENT + MANTISSA)) - 1)
-    sign = u >> (EXPONENT + MANTISSA)
-    if DOT == "bf16":
-        bits = ((sign << 15) | (magnitude << (7 - MANTISSA))).to(tl.uint16)
-        value = bits.to(tl.bfloat16, bitcast=True) * (2.0 ** (128 - 2 ** (EXPONENT - 1)))
-    elif DOT == "f16":
-        bits = ((sign << 15) | (magnitude << (10 - MANTISSA))).to(tl.uint16)
-        value = bits.to(tl.float16, bitcast=True) * (2.0 ** (16 - 2 ** (EXPONENT - 1)))
-    else:
-        bits = (sign << 31) | (magnitude << (23 - MANTISSA))
+    WIDTH: tl.constexpr = EXPONENT + MANTISSA
+    if DOT == "f32":
+        u = code.to(tl.uint32)
+        bits = ((u >> WIDTH) << 31) | ((u & ((1 << WIDTH) - 1)) << (23 - MANTISSA))
         value = bits.to(tl.float32, bitcast=True) * (2.0 ** (128 - 2 ** (EXPONENT - 1)))
+    else:
+        SHIFT: tl.constexpr = (7 if DOT == "bf16" else 10) - MANTISSA
+        MASK: tl.constexpr = ((1 << WIDTH) - 1) << SHIFT
+        u = code.to(tl.uint16)
+        if SHIFT + WIDTH <= 15 - WIDTH:         # the shifted copies meet nowhere that the mask keeps
+            bits = ((u << (15 - WIDTH)) | (u << SHIFT)) & (0x8000 | MASK)
+        else:
+            bits = ((u << (15 - WIDTH)) & 0x8000) | ((u << SHIFT) & MASK)
+        if DOT == "bf16":
+            value = bits.to(tl.bfloat16, bitcast=True) * (2.0 ** (128 - 2 ** (EXPONENT - 1)))
+        else:
+            value = bits.to(tl.float16, bitcast=True) * (2.0 ** (16 - 2 ** (EXPONENT - 1)))
     if EXPONENT == 4:
-        value = tl.where(magnitude == 0x7F, tl.full(value.shape, float("nan"), value.dtype), value)
+        value = tl.where((code & 0x7F) == 0x7F, tl.full(value.shape, float("nan"), value.dtype), value)
     return value
 
 
@@ -89,7 +94,7 @@ def decode(code, offset, table_ptr, CODE: tl.constexpr, BITS: tl.constexpr, ZERO
             return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (offset.to(tl.float32) + 1024.0).to(tl.float16)
         else:
             return code.to(tl.float32) - offset.to(tl.float32)
-    elif CODE == "table":
+    elif CODE == "nf4" or CODE == "fp4_bnb":
         return cast(tl.load(table_ptr + code.to(tl.int32)), DOT)
     elif CODE == "fp8_e4m3":
         return small_float(code, 4, 3, DOT)

@@ -26,8 +26,8 @@ def second_scale(scale, scale2, matrix, n, N, GROUPS, SCALE2: tl.constexpr):
 @triton.jit
 def dense(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, levels, bias, y, M, N, K, ROW, GROUPS, X_GROUPS,
           BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-          DOT: tl.constexpr, PRECISION: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
-          SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, X_CODE: tl.constexpr,
+          DOT: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
+          ZERO: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, X_CODE: tl.constexpr,
           X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, X_ZERO: tl.constexpr, PLACE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Arguments: see `_plan_matmul.describe`. Grid: (tiles, SPLIT, B); with SPLIT > 1, y is float32 [SPLIT, B, M, N], to be added."""
     tiles_m = tl.cdiv(M, BM)
@@ -66,8 +66,8 @@ def dense(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, l
         zero_base = zero + s_base
     tile = product(x + matrix * M * K, m.to(tl.int64) * K, x_scale, (matrix * M + m) * X_GROUPS, zx, codes + w_base, n.to(tl.int64) *
                    ROW, scale + s_base, seconds, levels, mean, outer, zero_base, s_row, GROUPS, X_GROUPS, table, K, first, last, BM, BN,
-                   RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE, X_ZERO,
-                   PLACE)
+                   RUN, SWAP, EVEN, DOT, PRECISION, PTX, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE,
+                   X_ZERO, PLACE)
     if HAS_BIAS:
         tile += along_n(tl.load(bias + matrix * N + n).to(tl.float32), SWAP)
     slab = tl.program_id(1) * tl.num_programs(2) + matrix

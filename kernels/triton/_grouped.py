@@ -31,13 +31,12 @@ def tile_of(sizes, pm, M, E, BM: tl.constexpr, E_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def grouped(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, levels, bias, sizes, rows, weights, y,
-            M, N, K, ROW, GROUPS, X_GROUPS, E,
-            BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-            DOT: tl.constexpr, PRECISION: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
-            ZERO: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-            X_CODE: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, X_ZERO: tl.constexpr, PLACE: tl.constexpr,
-            HAS_BIAS: tl.constexpr, E_BLOCK: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr):
+def grouped(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, levels, bias, sizes, rows, weights, y, M, N, K, ROW,
+            GROUPS, X_GROUPS, E, BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
+            EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr,
+            OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr,
+            SHARE: tl.constexpr, X_CODE: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, X_ZERO: tl.constexpr,
+            PLACE: tl.constexpr, HAS_BIAS: tl.constexpr, E_BLOCK: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr):
     """y [M, N]. Arguments: see `_plan_matmul.describe`.
 
     With GATHER, row r of the product takes row rows[r] of x (a token that several experts share); with WEIGHTED, row r of y is
@@ -75,8 +74,8 @@ def grouped(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table,
             zero_base = zero + s_base
         tile = product(x, src.to(tl.int64) * K, x_scale, src.to(tl.int64) * X_GROUPS, zx, codes + matrix * N * ROW, n.to(tl.int64) * ROW,
                        scale + s_base, seconds, levels, mean, outer, zero_base, s_row, GROUPS, X_GROUPS, table, K, 0, tl.cdiv(K, 128),
-                       BM, BN, RUN, SWAP, EVEN, DOT, PRECISION, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP, X_SCALE,
-                       X_ZERO, PLACE)
+                       BM, BN, RUN, SWAP, EVEN, DOT, PRECISION, PTX, CODE, BITS, OFFSET, ZERO, SCALE, SCALE2, GROUP, X_CODE, X_GROUP,
+                       X_SCALE, X_ZERO, PLACE)
         if HAS_BIAS:
             tile += along_n(tl.load(bias + matrix * N + n).to(tl.float32), SWAP)
         if WEIGHTED:

@@ -20,7 +20,7 @@ STEP = 128
 WHOLE = 1 << 30
 """GROUP where one scale serves all of K, so that one compiled kernel serves every K."""
 WEIGHT = ("codes", "scale", "scale2", "scale_offset", "zero", "table", "levels")
-CONSTANTS = ("BM", "BN", "RUN", "SWAP", "SPLIT", "EVEN", "DOT", "PRECISION", "CODE", "BITS", "OFFSET", "ZERO", "SCALE", "SCALE2",
+CONSTANTS = ("BM", "BN", "RUN", "SWAP", "SPLIT", "EVEN", "DOT", "PRECISION", "PTX", "CODE", "BITS", "OFFSET", "ZERO", "SCALE", "SCALE2",
              "GROUP", "SHARE", "X_CODE", "X_GROUP", "X_SCALE", "X_ZERO", "PLACE", "HAS_BIAS")
 DENSE = Kernel("dense", "qfunc.kernels.triton._dense", "dense", ("x", "x_scale", "x_zero", *WEIGHT, "bias"), ("y",),
                ("M", "N", "K", "ROW", "GROUPS", "X_GROUPS"), CONSTANTS)
@@ -178,7 +178,7 @@ def default_config(call: Call, target: Target) -> Config:
     if wide and count >= 128:
         # Sums that are scaled step by step take their registers twice.
         fresh = min(weight_group(call), activation_group(call)) < columns or arithmetic(call, target) in ("e4m3", "e5m2")
-        few = count * rows < 8192 * 264
+        few = count * rows < 8192 * 264 or fresh and target.backend == "hip"
         tiles = (64, 128, 4) if few else (128, 128 if fresh else 256, 8)
         return Config(*tiles[:2], 128, 1, tiles[2], 3, swapped=False)
     block_m = min(max(16, 1 << (count - 1).bit_length()), 64)
@@ -247,7 +247,8 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     granularity = spec.granularity
     constants = dict(
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
-        EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee", CODE=code_kind(element.name),
+        EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
+        PTX=target.backend == "cuda" and element.bits == 4 and dot in ("s8", "bf16", "f16"), CODE=code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
         SCALE2=second_kind(w, kind), GROUP=own if own < columns else WHOLE,
         SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1), X_GROUP=theirs if theirs < columns else 0,
@@ -299,5 +300,5 @@ def second_kind(w, kind: str) -> str:
 
 
 def code_kind(name: str) -> str:
-    """`int`, `table`, or the name of a small float: what the decoders tell apart beyond the number of bits."""
-    return "int" if code(name).integer else "table" if name in ("nf4", "fp4_bnb") else name
+    """`int`, or the name of a table or small float: what the decoders tell apart beyond the number of bits."""
+    return "int" if code(name).integer else name

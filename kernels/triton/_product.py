@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ._decode import along_m, along_n, decode, weight_scale
+from ._nibbles import nibble
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def settle(part, x_sum, w_sum, k, x_scale_ptr, x_scale_row, x_zero, scale_ptr, s
 def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr,
             s_row, GROUPS, X_GROUPS, table_ptr, K, first, last,
             BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
-            PRECISION: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
+            PRECISION: tl.constexpr, PTX: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
             SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, X_CODE: tl.constexpr, X_GROUP: tl.constexpr,
             X_SCALE: tl.constexpr, X_ZERO: tl.constexpr, PLACE: tl.constexpr):
     """Scaled sums over the steps [first, last), float32 [BN, BM] where SWAP, else [BM, BN].
@@ -115,7 +116,11 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                     x = tl.load(x_ptr + x_at + k, mask=k < K, other=0)
                 if X_CODE != "float" and DOT != "s8":
                     x = decode(x, 0, table_ptr, X_CODE, 8, "none", DOT)
-                if BITS == 8:
+                if ZERO == "int":
+                    offset = along_n(tl.load(zero_ptr + s_row + cell(start + run * RUN, GROUP, GROUPS, EVEN)), SWAP)
+                else:
+                    offset = tl.full((1, 1), OFFSET, tl.uint8)
+                if BITS == 8 or PTX:
                     code = byte
                 else:
                     code = (byte >> (digit * WIDE)) & ((1 << WIDE) - 1)
@@ -123,11 +128,10 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                         code |= ((pair >> ((digit * 4 + jw // 32 * 2) & 7).to(tl.uint8)) & 3) << 4
                     if BITS & 1:
                         code |= ((single >> ((digit * WIDE + jw // 16) & 7).to(tl.uint8)) & 1) << (BITS - 1)
-                if ZERO == "int":
-                    offset = along_n(tl.load(zero_ptr + s_row + cell(start + run * RUN, GROUP, GROUPS, EVEN)), SWAP)
+                if PTX:
+                    w = nibble(code, offset, digit, CODE, DOT)
                 else:
-                    offset = tl.full((1, 1), OFFSET, tl.uint8)
-                w = decode(code, offset, table_ptr, CODE, BITS, ZERO, DOT)
+                    w = decode(code, offset, table_ptr, CODE, BITS, ZERO, DOT)
                 if X_SUM:
                     x_sum += total(x, SWAP, False, INTEGER)
                 if X_ZERO:

@@ -12,7 +12,7 @@ def number(code, table, CODE: tl.constexpr):
     """The float32 value of a code, before its zero point."""
     if CODE == "int":
         return code.to(tl.float32)
-    elif CODE == "table":
+    elif CODE == "nf4" or CODE == "fp4_bnb":
         return tl.load(table + code.to(tl.int32))
     elif CODE == "fp8_e5m2":
         return (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)

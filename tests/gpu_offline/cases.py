@@ -146,7 +146,13 @@ def _whole():
             yield Case("whole", name, 6, 256, 24, sizes=(2, 0, 3), label=f"{name}-experts")
 
 
-ALL: dict[str, Case] = {case.id: case for make in (_dense, _grouped, _rows, _fronts, _take, _whole) for case in make()}
+def _ptx():
+    for name in ("int", "nf4", "fp4_bnb", "fp4_e2m1"):
+        for dot in ("s8", "bf16", "f16")[0 if name == "int" else 1:]:
+            yield Case("ptx", name, 256, 2, dtype=dot)
+
+
+ALL: dict[str, Case] = {case.id: case for make in (_dense, _grouped, _rows, _fronts, _take, _whole, _ptx) for case in make()}
 
 # Every weight code, scale, place of the scale and arithmetic once, in the usual run; the rest runs in `make test-gpu-offline`.
 _SCHEMES = """w2a16_g32 w3a16_g128 w4a16 w4a16_g32 w4a16_g128_asym w5a16_g64 w6a16 w7a16 w8a16 w8a16_asym w8a8_dynamic w8a8_static_asym
@@ -161,7 +167,7 @@ def _sampled(case: Case, index: int) -> bool:
     if case.kind == "grouped":
         return name in _SCHEMES and int(variant) == 0 and _SCHEMES.index(name) % 2 == 0
     return {"rows": index % 3 == 0, "fronts": True, "take": case.scheme in _SCHEMES and _SCHEMES.index(case.scheme) % 5 == 0,
-            "whole": index % 3 == 0}[case.kind]
+            "whole": index % 3 == 0, "ptx": True}[case.kind]
 
 
 USUAL = tuple(case.id for index, case in enumerate(ALL.values()) if _sampled(case, index))

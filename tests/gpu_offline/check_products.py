@@ -22,7 +22,7 @@ def config(case, described, target):
 def verdict(case, described, launched, got, want, magnitude, reference):
     """What the test asserts on."""
     dot = launched.constants["DOT"]
-    table = products.TABLE_ERROR[dot] if launched.constants["CODE"] == "table" else 0.0
+    table = products.TABLE_ERROR[dot] if launched.constants["CODE"] in ("nf4", "fp4_bnb") else 0.0
     middle = np.asarray(got, np.float32).reshape(*described.x[0].shape[:-1], -1)[..., case.rows // 2, :]
     return dict(
         formula=products.excess(got, want, magnitude, described.out_dtype, table),

@@ -167,10 +167,12 @@ def exceptions(name: str) -> list[Known]:
 # The usual run: every scheme, kernel and target; Hopper, which is the first device, in full at decode.
 def _usual(index: int, row: Row) -> bool:
     if row.kind == "dense" and row.tokens in (16, 64) and row.dtype == "bfloat16" and row.columns == 4096:
-        return row.target == "sm_90" and row.tokens == 16 or _SCHEMES.index(row.scheme) % 6 == TARGETS.index(row.target) and row.tokens == 64
+        return row.target == ("sm_90" if row.tokens == 16 else TARGETS[_SCHEMES.index(row.scheme) % 6])
     if row.kind == "dense" and row.tokens == 512:
         return row.target in ("sm_90", "gfx942") and row.scheme in ("w8a8_dynamic", "fp8_block")
-    return index % 12 == 5 and row.tokens != 8192
+    if row.kind in ("routed", "rmsnorm", "swiglu"):
+        return row.target in ("sm_90", "gfx942") and "group" not in row.scheme
+    return index % 17 == 5 and row.tokens != 8192
 
 
 USUAL = tuple(name for index, (name, row) in enumerate(ALL.items()) if _usual(index, row))

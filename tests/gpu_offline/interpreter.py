@@ -1,8 +1,8 @@
 """Triton's interpreter, repaired for tests, and the launcher of a `Launch` on CPU arrays. TRITON_INTERPRET=1 must be set before import.
 
 The interpreter keeps bfloat16 as 16-bit integers and multiplies the bit patterns, truncates casts to it, trips over numpy >= 2.4 in
-`range` of a run-time value, and loses subnormals of fp8. The repair replaces methods with ones that go through float32, rounds casts to
-even, and sums integer products in float64, which is exact for every sum that int32 holds.
+`range` of a run-time value, loses subnormals of fp8, and has no inline PTX (`ptx.py` executes ours). The repair replaces methods with
+ones that go through float32, rounds casts to even, and sums integer products in float64, which is exact for every sum that int32 holds.
 """
 
 import importlib
@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
@@ -37,6 +38,12 @@ def narrow(values):
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return Handle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), BF16)
+
+
+class Results(list):
+    """What an operation with several results returns."""
+
+    get_result = list.__getitem__
 
 
 def _repair():
@@ -65,7 +72,15 @@ def _repair():
             return Handle(widen(left) @ widen(right) + total.data, total.dtype.scalar)
         return dot(self, left, right, total, precision, imprecise)
 
+    def create_inline_asm(self, text, constraints, values, kinds, pure, pack):
+        (kind,) = kinds
+        kind = kind.scalar if hasattr(kind, "scalar") else kind
+        made = ptx.elementwise(text, constraints, [value.data for value in values], kind.primitive_bitwidth // 8, pack)
+        data = made if kind == BF16 else made.view({tl.float16: np.float16, tl.int8: np.int8}[kind])
+        return Results([Handle(data, kind)])
+
     Builder.binary_op, Builder.cast_impl, Builder.create_dot = binary_op, cast_impl, create_dot
+    Builder.create_inline_asm = create_inline_asm
     if not hasattr(Builder, "get_bf16"):
         Builder.get_bf16 = lambda self, value: narrow(np.array([value], np.float32))
     patch = interpreter._patch_lang_tensor
