@@ -154,23 +154,23 @@ def _encode(kernel, grid, parameters, label: str) -> bytes:
 
 def _call_jax_triton(program: Program, arguments, grid, arrays, results, target: str) -> list[jax.Array]:
     """The same call made by jax-triton, which clears TRITON_CACHE_DIR when it is imported."""
-    kept = os.environ.get("TRITON_CACHE_DIR")
+    kept = os.environ.pop("TRITON_CACHE_DIR", None)
     import jax_triton
-    if kept is None:
-        os.environ.pop("TRITON_CACHE_DIR", None)
-    else:
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if kept:
         os.environ["TRITON_CACHE_DIR"] = kept
     names = [name for name, kind in program.signature if kind != "constexpr"]
     named = list(zip(names, arguments, strict=True))
     inputs = [name for name, a in named if isinstance(a, Operand)]
-    scalars = [(name, a.value) for name, a in named if isinstance(a, Scalar)]
+    scalars = [(name, np.float32(a.value) if a.kind == "fp32" else a.value) for name, a in named if isinstance(a, Scalar)]
     outputs = sorted(((a.index, name, a.zero) for name, a in named if isinstance(a, Result)))
     order = (*inputs, *(name for name, _ in scalars), *(name for _, name, _ in outputs), *(name for name, _ in program.constexprs))
     capability = {"compute_capability": int(target.removeprefix("sm_"))} if target.startswith("sm_") else {}
     return list(jax_triton.triton_call(
         *arrays, *(value for _, value in scalars), kernel=_reordered(program, order), out_shape=list(results), grid=tuple(grid),
         name=program.name, num_warps=program.warps, num_stages=program.stages,
-        zeroed_outputs=tuple(index for index, _, zero in outputs if zero), **capability, **dict(program.constexprs)))
+        zeroed_outputs=tuple(index for index, _, zero in outputs if zero), **capability, **dict(program.options),
+        **dict(program.constexprs)))
 
 
 @functools.cache

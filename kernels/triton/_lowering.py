@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from .. import _activation as _activation  # the references must be in the table
 from .. import _export, _reference
 from .. import _grouped as _grouped
 from .. import _matmul as _matmul
+from .. import _take as _take
 from .._dispatch import TARGETS, Call, Declined, Implementation, register
 from . import _bridge, _image, _launch, _operands, _tables, _target, _xla
 from ._launch import Config, Launch, Target
@@ -23,17 +25,21 @@ LABEL = "qfunc_{}"
 
 def supports(call: Call, platform: str) -> str | None:
     """None, or why no Triton kernel runs this call; `Declined` where XLA's own product is expected to be faster."""
-    if call.target is None:
-        return _target.missing_target(platform)
+    if call.primitive == TAKE:
+        reason = _refuse(_flat(call), platform)
+        # The reference gathers the rows asked for and decodes them in one loop of XLA's: no slow path.
+        return reason if reason is None else Declined(reason)
     if any(0 in part.shape for part in call.x) or (call.packed is not None and 0 in call.w.matrix_shape):
         return Declined("nothing is computed of an empty operand")
-    if call.primitive in MATMULS and (reason := _refuse_matmul(call)) is not None:
+    if call.primitive in MATMULS and call.target is not None and (reason := _refuse_matmul(call)) is not None:
         return reason
-    for part in _parts(call):
-        reason = _launch.refusal(part, Target.parse(call.target)) or _image.missing(program_of(planned(part)), call.target)
-        if reason is not None:
-            return reason
-    return None
+    return next((reason for part in _parts(call) if (reason := _refuse(part, platform)) is not None), None)
+
+
+def _refuse(call: Call, platform: str) -> str | None:
+    if call.target is None:
+        return _target.missing_target(platform)
+    return _launch.refusal(call, Target.parse(call.target)) or _image.missing(program_of(planned(call)), call.target)
 
 
 def _refuse_matmul(call: Call) -> str | None:
@@ -77,9 +83,10 @@ def planned(call: Call, config: Config | None = None) -> Launch:
 
 def program_of(launch: Launch) -> _image.Program:
     """What is compiled for a launch."""
-    kernel = launch.kernel
+    kernel, options = launch.kernel, launch.options
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
     return _image.Program(f"{kernel.module}:{kernel.function}", tuple(launch.signature.items()), tuple(launch.constexprs.items()),
-                           launch.divisible, launch.num_warps, launch.num_stages)
+                          launch.divisible, warps, stages, tuple(options.items()))
 
 
 def execute(launch: Launch, arrays, target: str) -> list[jax.Array]:
@@ -151,8 +158,22 @@ def _with_outliers(call: Call, *operands):
     return y.astype(call.out_dtype)
 
 
+def _flat(call: Call) -> Call:
+    """A take of ids in one row, as the kernel has it."""
+    return dataclasses.replace(call, primitive="take", x=(jax.ShapeDtypeStruct((math.prod(call.x[0].shape),), np.dtype(np.int32)),))
+
+
+def take(call: Call, ids, *leaves):
+    """`quantized_take`: rows [*ids.shape, hidden] of a table, decoded."""
+    launch = planned(_flat(call))
+    (y,) = execute(launch, _operands.take_arrays(launch, ids.reshape(-1), call.packed.build(leaves)), call.target)
+    return y.reshape(*ids.shape, -1)
+
+
+TAKE = "quantized_take"
 MATMULS = ("quantized_matmul", "quantized_grouped_matmul")
-RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": matmul, "quantize_activation": quantize_activation}
+RUN = {"quantized_matmul": matmul, "quantized_grouped_matmul": matmul, "quantize_activation": quantize_activation,
+       TAKE: take}
 
 
 _export.CUSTOM_CALLS += [_bridge.TARGET, _bridge.JAX_TRITON_TARGET]

@@ -152,6 +152,8 @@ def format_of(call: Call, group: bool = True) -> str:
     if call.primitive == "quantize_activation":
         granularity = call.spec.granularity
         return f"rows/{call.x[0].dtype}/g{granularity.size}/{call.spec.code}"
+    if call.primitive == "take":
+        return f"take/{call.packed.scheme.weight.code}/g{call.packed.scheme.weight.granularity.size}/{call.out_dtype}"
     kernel = "grouped" if call.sizes is not None else "dense"
     granularity = call.packed.scheme.weight.granularity
     size = f"/g{granularity.size}" if group else ""
@@ -160,6 +162,8 @@ def format_of(call: Call, group: bool = True) -> str:
 
 def shape_of(call: Call) -> tuple[int, int, int]:
     """(M, N, K): tokens (of one expert on average), output channels, contracted size."""
+    if call.primitive == "take":
+        return call.x[0].shape[0], *call.w.matrix_shape[::-1]
     columns = call.x[0].shape[-1]
     if call.primitive == "quantize_activation":
         return math.prod(call.x[0].shape[:-1]), columns, columns

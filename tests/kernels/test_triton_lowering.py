@@ -87,6 +87,16 @@ def test_one_quantization_for_several_matmuls(hopper):
     assert lowered.kernels(got) == Counter(quantize_rows=1, dense=3)
 
 
+def test_an_embedding_becomes_a_kernel(hopper, recwarn):
+    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    got = found(qfunc.take, shapes("w4a16_g128"), ids)
+    assert lowered.operations(got) == Counter({("quantized_take", "triton"): 1}) and lowered.kernels(got) == Counter(take=1)
+    codes = jax.ShapeDtypeStruct((256, 2 * 144), jnp.uint8)
+    q = qfunc.QTensor(codes=codes, scheme=qfunc.scheme("gguf:q4_k"), dtype="bfloat16")
+    got = found(qfunc.take, q, ids)
+    assert lowered.operations(got) == Counter({("quantized_take", "reference"): 1}) and not recwarn.list
+
+
 def test_jit_vmap_scan_grad_shard_map(hopper):
     q, stack, x = shapes("w8a8_dynamic"), shapes("w8a8_dynamic", batch=(3,)), x_of(4, 512)
     one = Counter(quantize_rows=1, dense=1)
