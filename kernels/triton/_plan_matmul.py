@@ -248,7 +248,8 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     constants = dict(
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
         EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        PTX=target.backend == "cuda" and element.bits == 4 and dot in ("s8", "bf16", "f16"), CODE=code_kind(element.name),
+        PTX=target.backend == "cuda" and (element.bits == 4 and dot in ("s8", "bf16", "f16") or (spec.code, dot) == ("fp8_e4m3", "bf16")),
+        CODE=code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
         SCALE2=second_kind(w, kind), GROUP=own if own < columns else WHOLE,
         SHARE={"tensor": 0, "block": granularity.out}.get(granularity.kind, 1), X_GROUP=theirs if theirs < columns else 0,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._decode import along_m, along_n, decode, weight_scale
-from ._nibbles import nibble
+from ._ptx import e4m3, nibble
 
 
 @triton.jit
@@ -128,7 +128,9 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                         code |= ((pair >> ((digit * 4 + jw // 32 * 2) & 7).to(tl.uint8)) & 3) << 4
                     if BITS & 1:
                         code |= ((single >> ((digit * WIDE + jw // 16) & 7).to(tl.uint8)) & 1) << (BITS - 1)
-                if PTX:
+                if PTX and BITS == 8:
+                    w = e4m3(code)
+                elif PTX:
                     w = nibble(code, offset, digit, CODE, DOT)
                 else:
                     w = decode(code, offset, table_ptr, CODE, BITS, ZERO, DOT)

@@ -150,6 +150,7 @@ def _ptx():
     for name in ("int", "nf4", "fp4_bnb", "fp4_e2m1"):
         for dot in ("s8", "bf16", "f16")[0 if name == "int" else 1:]:
             yield Case("ptx", name, 256, 2, dtype=dot)
+    yield Case("ptx", "fp8_e4m3", 256, 1, dtype="bf16")
 
 
 ALL: dict[str, Case] = {case.id: case for make in (_dense, _grouped, _rows, _fronts, _take, _whole, _ptx) for case in make()}

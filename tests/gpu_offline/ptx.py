@@ -1,4 +1,4 @@
-"""The few PTX instructions of `kernels/triton/_nibbles.py` on numpy arrays, as the PTX ISA (section 9.7) defines them."""
+"""The few PTX instructions of `kernels/triton/_ptx.py` on numpy arrays, as the PTX ISA (section 9.7) defines them."""
 
 import re
 
@@ -19,7 +19,8 @@ def prmt(a, b, selector):
 
 OPERATIONS = {
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "xor.b32": lambda a, b: a ^ b,
-    "sub.u32": lambda a, b: a - b, "shl.b32": lambda a, b: a << b, "shr.u32": lambda a, b: a >> b, "prmt.b32": prmt,
+    "add.u32": lambda a, b: a + b, "sub.u32": lambda a, b: a - b, "shl.b32": lambda a, b: a << b, "shr.u32": lambda a, b: a >> b,
+    "prmt.b32": prmt,
 }
 
 

@@ -1,6 +1,6 @@
-"""4-bit codes to operands in PTX, four bytes at a time: about a third of the instructions that the compiler makes of shifts and masks.
+"""4-bit and e4m3 codes to operands in PTX, four bytes at a time: fewer instructions than the compiler makes of shifts and masks.
 
-NVIDIA only; `_decode.decode` is the same in plain Triton, for every other width and device. A register holds four bytes of the packed
+NVIDIA only; `_decode.decode` is the same in plain Triton, for every other code and device. A register holds four bytes of the packed
 storage; digit 0 is their low nibbles, digit 1 their high ones. `prmt.b32 d, a, b, s` picks four of the eight bytes of a and b by the four
 nibbles of s, which makes it a table of eight entries.
 """
@@ -63,6 +63,18 @@ def _table(digit: int, values, kind: str) -> str:
     return _program(2, body + " prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362;", "t, u, s, i, l, h, a, b")
 
 
+def _e4m3() -> str:
+    """e4m3 bytes as the bit patterns of their values times 2^-120 in bfloat16; NaN stays NaN."""
+    body = ""
+    for result, select in enumerate(("0x1404", "0x3424")):
+        body += f" prmt.b32 v, $SOURCE, 0x00000000, {select}; shr.u32 m, v, 4; and.b32 m, m, 0x07f007f0; and.b32 v, v, 0x80008000;"
+        # Only the magnitude 0x7F carries into bit 11, from where all bits of the exponent are set.
+        body += " add.u32 n, m, 0x00100010; and.b32 n, n, 0x08000800; shl.b32 t, n, 4; shr.u32 n, n, 4; sub.u32 n, t, n;"
+        body += f" or.b32 v, v, m; or.b32 ${result}, v, n;"
+    return _program(2, body, "t, v, m, n")
+
+
+E4M3 = tl.constexpr(_e4m3())
 BF16_LOW, BF16_HIGH = (tl.constexpr(_biased(digit, 0x43)) for digit in (0, 1))
 F16_LOW, F16_HIGH = (tl.constexpr(_biased(digit, 0x64)) for digit in (0, 1))
 S8_LOW, S8_HIGH = (tl.constexpr(_bytes(digit)) for digit in (0, 1))
@@ -82,6 +94,12 @@ def _wide(byte, DIGIT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT:
         return tl.inline_asm_elementwise(ASM, "=r,=r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
         return tl.inline_asm_elementwise(ASM, "=r,=r,r", [byte], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.jit
+def e4m3(byte):
+    """e4m3 bytes as bfloat16 operands, exact."""
+    return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4) * (2.0 ** 120)
 
 
 @triton.jit
