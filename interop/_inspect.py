@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qfunc._spec import Scheme, bits_of
+from qfunc._spec import Scheme
 
 from ._checkpoint import gguf_file, is_gguf, locate, plan_folder
 from ._load import Leaf, Plan
@@ -133,24 +133,31 @@ def _mixed(plan: Plan) -> list[str]:
 
 
 def _native(path: Path) -> Inspection:
-    from ._refuse import read_json
-    from .native import INDEX
-    from .safetensors import File
-    index = read_json(path / INDEX)
-    file = File(path / str(index.get("weights")))
+    from qfunc._qtensor import CODECS
+
+    from ._refuse import refuse
+    from .native import open_index, static_fields
+    entries, config, file = open_index(path)
+    parts: dict[str, list] = defaultdict(list)
+    for tensor in file.tensors.values():
+        parts[tensor.name.partition("#")[0]].append(tensor)
     plan = Plan()
-    entries = index.get("tensors")
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
-        tensors = tuple(t for t in file.tensors.values() if t.name.partition("#")[0] == name)
-        codes = file.tensors.get(f"{name}#codes")
+    for name, entry in entries.items():
+        tensors, codes = tuple(parts[name]), file.tensors.get(f"{name}#codes")
         if entry is None or codes is None:
             plan.leaves.append(Leaf(tuple(name.split("/")), tensors[0].shape if tensors else (), tensors))
             continue
-        scheme = Scheme.from_json(entry["scheme"])
-        bits = bits_of(scheme.weight.code)
-        columns = codes.shape[-1] if bits == 8 else codes.shape[-1] // (16 * bits) * 128 - entry["pad"]
-        plan.leaves.append(_Shown(tuple(name.split("/")), (*codes.shape[:-2], columns, codes.shape[-2]), tensors, shown=scheme))
-    return _report(path, "qfunc", index.get("config") or {}, plan, len(file.tensors), sum(t.nbytes for t in file.tensors.values()))
+        static = static_fields(file.path, name, entry)
+        code = static["scheme"].weight.code
+        if len(codes.shape) < 2:
+            raise refuse(file.path, codes.name, "a matrix of codes", list(codes.shape))
+        try:
+            columns = CODECS.columns(code, codes.shape[-1]) - static["pad"]
+        except (KeyError, ValueError):
+            raise refuse(file.path, codes.name, "a code that is known", repr(code)) from None
+        plan.leaves.append(_Shown(tuple(name.split("/")), (*codes.shape[:-2], columns, codes.shape[-2]), tensors,
+                                  shown=static["scheme"]))
+    return _report(path, "qfunc", config or {}, plan, len(file.tensors), sum(t.nbytes for t in file.tensors.values()))
 
 
 @dataclass

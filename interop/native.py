@@ -78,13 +78,7 @@ def load_native(path: str | os.PathLike) -> Native:
     Raises: CheckpointError where the folder is none of this format, its version is newer, or the index and the weights do not agree.
     """
     folder = Path(path)
-    index = read_json(folder / INDEX)
-    if index.get("format") != "qfunc" or index.get("version") != VERSION:
-        raise refuse(folder / INDEX, "format", f"qfunc, version {VERSION}", f"{index.get('format')!r}, version {index.get('version')!r}")
-    entries, config = index.get("tensors"), index.get("config")
-    if not isinstance(entries, dict) or not isinstance(config, dict | None):
-        raise refuse(folder / INDEX, "tensors, config", "objects", f"{type(entries).__name__}, {type(config).__name__}")
-    file = File(inside(folder, index.get("weights"), folder / INDEX))
+    entries, config, file = open_index(folder)
     left: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in file.tensors.values():
         owner, _, part = tensor.name.partition("#")
@@ -103,6 +97,36 @@ def load_native(path: str | os.PathLike) -> Native:
     if left:
         raise refuse(file.path, f"tensor {next(iter(left))!r}", f"an entry in {INDEX}", "none")
     return Native(params, config)
+
+
+def open_index(folder: Path) -> tuple[dict, dict | None, File]:
+    """(entries by path, configuration, weights file) of a folder, as its index names them."""
+    index = read_json(folder / INDEX)
+    if index.get("format") != "qfunc" or index.get("version") != VERSION:
+        raise refuse(folder / INDEX, "format", f"qfunc, version {VERSION}", f"{index.get('format')!r}, version {index.get('version')!r}")
+    entries, config = index.get("tensors"), index.get("config")
+    if not isinstance(entries, dict) or not isinstance(config, dict | None):
+        raise refuse(folder / INDEX, "tensors, config", "objects", f"{type(entries).__name__}, {type(config).__name__}")
+    return entries, config, File(inside(folder, index.get("weights"), folder / INDEX))
+
+
+def static_fields(where: Path, name: str, entry) -> dict:
+    """The static fields of a QTensor out of its entry."""
+    try:
+        static = static_from_json(entry)
+        if static.keys() != set(STATIC) or static["layout"] != "canonical":
+            raise ValueError(f"fields {sorted(static)} of layout {static.get('layout')!r}")
+        if type(static["pad"]) is not int or not 0 <= static["pad"] < 128:
+            raise ValueError(f"pad {static['pad']!r}")
+        scheme = static["scheme"]
+        hash((scheme, static["view"]))          # a list or an object where a word or a number should be is not hashable
+        if not isinstance(scheme.name, str) or not isinstance(scheme.weight.code, str):
+            raise ValueError(f"scheme {scheme.name!r} of {scheme.weight.code!r}")
+        if not isinstance(static["dtype"], str) or not jnp.issubdtype(jnp.dtype(static["dtype"]), jnp.floating):
+            raise ValueError(f"dtype {static['dtype']!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(where.parent / INDEX, f"tensor {name!r}", f"the fields {', '.join(STATIC)}", repr(error)) from error
+    return static
 
 
 def _walk(node, path: str):
@@ -124,12 +148,7 @@ def _leaf(where: Path, name: str, entry, parts: dict[str, Tensor]):
         if arrays.keys() != {""}:
             raise refuse(where, f"tensor {name!r}", "one array", ", ".join(sorted(arrays)) or "none")
         return arrays[""]
-    try:
-        static = static_from_json(entry)
-        if static.keys() != set(STATIC) or static["layout"] != "canonical":
-            raise ValueError(f"fields {sorted(static)} of layout {static.get('layout')!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refuse(where.parent / INDEX, f"tensor {name!r}", f"the fields {', '.join(STATIC)}", repr(error)) from error
+    static = static_fields(where, name, entry)
     if not {"codes"} <= arrays.keys() <= set(LEAVES):
         raise refuse(where, f"tensor {name!r}", f"codes and leaves among {', '.join(LEAVES)}", ", ".join(sorted(arrays)) or "none")
     return _checked(where, name, QTensor(**arrays, **static))
@@ -149,7 +168,7 @@ def _checked(where: Path, name: str, q: QTensor) -> QTensor:
         wrong = [f"{n} {leaf.dtype}{list(leaf.shape)} instead of {want[n][1]}{list(want[n][0])}"
                  for n, leaf in q.leaves.items() if n in want and want[n] != (leaf.shape, leaf.dtype)]
         wrong += [f"no {n}" for n in want if n not in q.leaves]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
         raise refuse(where, f"tensor {name!r}", f"the leaves of {q.scheme.name}", "; ".join(wrong))

@@ -107,7 +107,7 @@ def edit(rng: random.Random, path: Path) -> None:
 def header(rng: random.Random, path: Path) -> None:
     """A safetensors header with other dtypes, shapes, offsets, names."""
     data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
+    length = int.from_bytes(data[:8], "little")
     try:
         text = json.dumps(_change(rng, json.loads(data[8: 8 + length]), WORDS + ODD)).encode()
     except (ValueError, RecursionError):

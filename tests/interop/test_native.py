@@ -173,3 +173,34 @@ def test_what_we_write_the_safetensors_package_reads(saved):
     with safe_open(str(files.files[0].path), "np") as theirs:
         for name in theirs.keys():
             np.testing.assert_array_equal(theirs.get_tensor(name), files[name].read())
+
+
+# What the fuzzer has found: a path into the entry of a tensor, and the value put there.
+@pytest.mark.parametrize(("path", "value"), [
+    (("scheme", "weight", "granularity", "kind"), 7), (("scheme", "weight", "scale_rule"), []), (("scheme", "weight", "scale_rule"), 3),
+    (("scheme", "name"), {}), (("scheme",), None), (("scheme", "weight", "code"), "int99"), (("pad",), "x"), (("pad",), 2**63),
+    (("view",), 3), (("view", "outs"), [[]]), (("dtype",), "unicorn"), (("dtype",), []), (("layout",), "other"),
+])
+def test_entries_that_are_no_such_thing_are_refused_by_load_and_inspect(tmp_path, path, value):
+    save_native(tmp_path, qfunc.quantize({"up": {"kernel": np.ones((128, 8), np.float32)}}, "w4a16_g64"))
+    index = json.loads((tmp_path / "qfunc.json").read_text())
+    node = index["tensors"]["up/kernel"]
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (tmp_path / "qfunc.json").write_text(json.dumps(index))
+    with pytest.raises(qfunc.CheckpointError, match="up/kernel"):
+        qfunc.load(tmp_path)
+    try:
+        qfunc.interop.inspect(tmp_path)
+    except qfunc.CheckpointError:
+        pass
+
+
+@pytest.mark.parametrize("broken", [{"tensors": 3}, {"weights": 7}, {"weights": "../x.safetensors"}, {"version": 2}, {"config": []}])
+def test_a_broken_index_is_refused_by_inspect(tmp_path, broken):
+    save_native(tmp_path, qfunc.quantize({"up": {"kernel": np.ones((128, 8), np.float32)}}, "w4a16_g64"))
+    index = json.loads((tmp_path / "qfunc.json").read_text())
+    (tmp_path / "qfunc.json").write_text(json.dumps({**index, **broken}))
+    with pytest.raises(qfunc.CheckpointError):
+        qfunc.interop.inspect(tmp_path)
