@@ -33,7 +33,8 @@ SAMPLED = {
     "tests/interop/test_cann_rules.py::test_within_one_step_of_the_float32_sum":
         "w8a8_static_asym-*-float16 w4a4_dynamic-*-bfloat16 w4a16_g32_asym-*-bfloat16 w8a16_g64_asym-*-float16 "
         "w4a16_g64_asym_actorder-*-bfloat16 "
-        "mxfp8-*-bfloat16 mxfp4-*-float16 mxfp4_a8-*-bfloat16 mxfp4_dual-*-bfloat16 fp8_dynamic-*-bfloat16 gguf*-bfloat16",
+        "mxfp8-*-bfloat16 mxfp4-*-float16 mxfp4_a8-*-bfloat16 mxfp4_dual-*-bfloat16 fp8_dynamic-*-bfloat16 gguf*-bfloat16 "
+        "*_block-*-bfloat16",
     "tests/interop/test_cann_rules.py::test_experts_equal_the_reference":
         "w8a8_dynamic-* w4a8_dynamic_g32-* w4a4_dynamic-* w4a16_g32_asym-* w8a16_g32_asym-* mxfp8-* mxfp4-*",
     "tests/interop/test_cann_rules.py::test_placement_can_be_undone":

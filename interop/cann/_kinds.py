@@ -111,6 +111,14 @@ def _fp8(f: Facts) -> bool:
         _plain_rows(f.activation, "fp8_e4m3")) and not (f.experts and f.activation.granularity.kind == "tensor")
 
 
+def _block(f: Facts, code: str) -> bool:
+    """Blocks of 128 x 128 against groups of 128, as DeepSeek has them."""
+    w, a = f.weight, f.activation
+    return w.code == code and w.zero is None and w.scale_dtype == "float32" and str(w.granularity) == "block(128, 128)" and (
+        a is not None and a.code == code and str(a.granularity) == "group(128)" and a.zero is None and a.outer is None
+        and a.scale_dtype == "float32" and a.outlier_threshold is None)
+
+
 KINDS = (
     ("w8a8_static", _w8a8_static),
     ("w8a8", _w8a8),
@@ -119,6 +127,8 @@ KINDS = (
     ("a16", lambda f: f.activation is None and _integer_weight(f)),
     ("codes16", _codes16),
     ("fp8", _fp8),
+    ("w8a8_block", lambda f: _block(f, "int8")),
+    ("fp8_block", lambda f: _block(f, "fp8_e4m3")),
     ("mxfp8", lambda f: _mx(f, "fp8_e4m3", "fp8_e4m3")),
     ("mxfp4_a8", lambda f: _mx(f, "fp4_e2m1", "fp8_e4m3")),
     ("mxfp4_dual", _mx_dual),
@@ -182,7 +192,7 @@ def _block32(f: Facts) -> list:
 
 ALIGNMENT = {
     "w8a8_static": lambda f: [], "w8a8": lambda f: [], "w4a4": _int4, "w4a8": _mixed, "a16": _weight_only, "codes16": _weight_only,
-    "fp8": lambda f: [], "mxfp8": _block32, "mxfp4_a8": _paired, "mxfp4": _paired,
+    "fp8": lambda f: [], "w8a8_block": lambda f: [], "fp8_block": lambda f: [], "mxfp8": _block32, "mxfp4_a8": _paired, "mxfp4": _paired,
     "mxfp4_dual": lambda f: [_divides("K", f.columns, DUAL_BLOCK)], "float": lambda f: [],
 }
 

@@ -191,6 +191,14 @@ def fp8(s: Source) -> Laid:
     return Laid({"weight": weight, "scale": s.scales()[..., 0]}, codes=lambda o: o["weight"].transpose(-1, -2).contiguous())
 
 
+def block8(s: Source) -> Laid:
+    """int8 [K, N], or e4m3 as a view of [N, K]; float32 scales [ceil(K / 128), ceil(N / 128)], transposed as the weight is."""
+    scale = s.leaves["scale"]
+    if s.code == "int8":
+        return Laid({"weight": _turned(s.leaves["codes"]), "scale": _turned(scale)}, codes=lambda o: _turned(o["weight"]))
+    return Laid({"weight": s.put(s.leaves["codes"]).t(), "scale": s.put(scale).t()}, codes=lambda o: o["weight"].t().contiguous())
+
+
 def _mx_scale(s: Source) -> torch.Tensor:
     """Exponent bytes in pairs, [.., K / 64, N, 2]: a view of [.., N, K / 64, 2], completed by a 0 where their number is odd."""
     scale = s.leaves["scale"]
@@ -230,6 +238,6 @@ def mxfp4_dual(s: Source) -> Laid:
 
 
 LAYOUTS: dict[str, Callable[[Source], Laid]] = {
-    "w8a8": w8a8, "w8a8_static": w8a8_static, "w4a4": w4a4, "w4a8": w4a8, "a16": a16, "codes16": a16, "fp8": fp8, "mxfp8": mxfp8,
-    "mxfp4_a8": mxfp4, "mxfp4": mxfp4, "mxfp4_dual": mxfp4_dual,
+    "w8a8": w8a8, "w8a8_static": w8a8_static, "w4a4": w4a4, "w4a8": w4a8, "a16": a16, "codes16": a16, "fp8": fp8, "w8a8_block": block8,
+    "fp8_block": block8, "mxfp8": mxfp8, "mxfp4_a8": mxfp4, "mxfp4": mxfp4, "mxfp4_dual": mxfp4_dual,
 }

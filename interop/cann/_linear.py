@@ -170,6 +170,16 @@ def _fp8(w: Placed, x: Rows, bias, out_dtype):
     return finish(y, bias, out_dtype)
 
 
+def _block8(w: Placed, x: Rows, bias, out_dtype):
+    """Groups of 128 of x against blocks of the weight; the operator gives bfloat16 alone, and takes a bias for int8 alone."""
+    plain = x.plain()
+    codes, scale = (part.reshape(-1, part.shape[-1]).contiguous() for part in (plain.codes, plain.scale))
+    inside = w.kind == "w8a8_block" and out_dtype == torch.bfloat16
+    y = operator("npu_quant_matmul")(codes, w.operands["weight"], w.operands["scale"], pertoken_scale=scale, bias=bias if inside else None,
+                                     output_dtype=torch.bfloat16, group_sizes=[1, 128, 128])
+    return finish(y, None if inside else bias, out_dtype)
+
+
 MX_FORM = {"mxfp8": {"group_sizes": [1, 1, 32]}, "mxfp4_a8": {"group_sizes": [0, 0, 32], "x2_dtype": FP4},
            "mxfp4": {"group_sizes": [1, 1, 32], "x1_dtype": FP4, "x2_dtype": FP4}}
 
@@ -201,5 +211,6 @@ def _float(w: Placed, x, bias, out_dtype):
 
 LINEAR: dict[str, Callable] = {
     "w8a8": _w8a8, "w8a8_static": _w8a8_static, "w4a4": _w4a4, "w4a8": _w4a8, "a16": _a16, "codes16": _codes16, "fp8": _fp8,
+    "w8a8_block": _block8, "fp8_block": _block8,
     "mxfp8": _mx, "mxfp4_a8": _mx, "mxfp4": _mx, "mxfp4_dual": _dual, "float": _float,
 }

@@ -43,6 +43,8 @@ ROWS: dict[str, Row] = {
     "mxfp4": Row("npu_dynamic_mx_quant + npu_quant_matmul", MICROSCALED, MICROSCALED, _TO_INT),
     "mxfp4_dual": Row("npu_dynamic_dual_level_mx_quant + npu_dual_level_quant_matmul", MICROSCALED, (),
                       "use mxfp4 for experts; " + _TO_INT),
+    "w8a8_block": Row("npu_quant_matmul (blocks of 128 x 128)", INTEGER, (), "quantize to w8a8_dynamic; " + _TO_MX),
+    "fp8_block": Row("npu_quant_matmul (blocks of 128 x 128)", MICROSCALED, (), "quantize to mxfp8; " + _TO_INT),
     "float": Row("matmul of the dequantized weight", EVERYWHERE, EVERYWHERE, ""),
 }
 

@@ -108,6 +108,9 @@ def quant_matmul(x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, 
         w = from_e2m1(x2.t().contiguous()) if x2_dtype == FP4 else x2.t().to(torch.float32)
         y = product(spread(x, pertoken_scale), spread(w, scale.transpose(0, 1)).t()).to(torch.float32)
         return (y if bias is None else y + bias.to(torch.float32)).to(out)
+    if group_sizes is not None:
+        y = _blocks(x1, x2, pertoken_scale, scale)
+        return (y if bias is None else y + bias).to(out)
     if x1.dtype == torch.int8 and x2.dtype == torch.int32:
         y = _nibbles(x1, unpack8(x2), scale64(scale)) + offset
         return (y.to(torch.float32) * pertoken_scale).to(out)
@@ -126,6 +129,14 @@ def quant_matmul(x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, 
     if bias is not None and bias.dtype != torch.int32:
         y = y + bias.to(torch.float32)
     return y.to(out)
+
+
+def _blocks(x, w, x_scale, w_scale):
+    """Sum over spans of 128 inputs of products times the scales of x's group and the weight's block."""
+    wide = w_scale.repeat_interleave(128, 1)[:, :w.shape[1]]
+    parts = [product(a, b).to(x_scale.dtype) * s[:, None] * t for a, b, s, t in
+             zip(x.split(128, 1), w.split(128, 0), x_scale.unbind(1), wide, strict=True)]
+    return sum(parts[1:], parts[0])
 
 
 def _nibbles(x, w, scale):

@@ -136,12 +136,32 @@ def quant_matmul(c: _Call):
     forms = {(t.int8, t.int8): _matmul_int8, (t.int32, t.int32): _matmul_int4, (t.int8, t.int32): _matmul_mixed}
     if c.scale_dtype is not None:
         return _matmul_mx(c)
+    if c.group_sizes is not None:
+        return _matmul_block(c)
     c.need(c.group_sizes is None and c.x1_dtype is None and c.x2_dtype is None and c.pertoken_scale_dtype is None, "arguments of MX alone")
     if c.x1.dtype == t.float8_e4m3fn:
         return _matmul_fp8(c)
     c.not_a5()
     c.need((c.x1.dtype, c.x2.dtype) in forms, "int8 x int8, int4 x int4 or int8 x int4")
     forms[c.x1.dtype, c.x2.dtype](c)
+
+
+def _matmul_block(c: _Call):
+    t = _t()
+    (rows, columns), n = c.x1.shape, c.x2.shape[1]
+    c.need(list(c.group_sizes) == [1, 128, 128] and c.x1.dtype == c.x2.dtype and c.x2.shape[0] == columns, "blocks of [1, 128, 128]")
+    absent = (c.x1_dtype, c.x2_dtype, c.pertoken_scale_dtype, c.offset)
+    c.need(all(a is None for a in absent) and _out(c) == t.bfloat16, "to bfloat16")
+    c.need(c.pertoken_scale is not None, "a scale per group of x")
+    c.tensor("pertoken_scale", (rows, -(-columns // 128)), (t.float32,))
+    c.tensor("scale", (-(-columns // 128), -(-n // 128)), (t.float32,))
+    if c.x1.dtype == t.int8:
+        c.not_a5()
+        c.need(c.x2.is_contiguous() and c.scale.is_contiguous(), "x2 [K, N], contiguous, and its scale likewise")
+        return c.tensor("bias", (n,), (t.float32,))
+    c.a5()
+    c.need(c.x1.dtype == t.float8_e4m3fn and c.bias is None and c.x2.stride(0) == 1, "e4m3, x2 a view of [N, K], no bias")
+    c.need(c.scale.stride(0) == 1 or c.scale.shape[0] == 1, "x2 and scale transposed alike")
 
 
 def _matmul_int8(c: _Call):
