@@ -25,7 +25,8 @@ SAMPLED = {
         "w2a16_g32 w3a16_g128 w4a16 w4a16_g32 w4a16_g128_asym w5a16_g64 w7a16 w8a16 w8a8_dynamic w8a8_static_asym w8a8_block w4a8_dynamic "
         "w4a8_dynamic_g128_asym w4a4_dynamic w4afp8_g128 llm_int8 int4wo_g32 fp8 fp8_dynamic fp8_block fp8_e5m2_w8a16 mxfp8 mxfp6 mxfp4 "
         "mxfp4_a16 nvfp4 nvfp4_a16 nf4 nf4_dq fp4_bnb w4a16_g128_actorder",
-    "tests/kernels/test_matmul_oracle.py::test_experts_and_leading_axes_are_their_own_matmuls": "w4a8_dynamic_g32_asym nvfp4 w8a8_block nf4_dq",
+    "tests/kernels/test_matmul_oracle.py::test_experts_and_leading_axes_are_their_own_matmuls":
+        "w4a8_dynamic_g32_asym nvfp4 w8a8_block nf4_dq",
     "tests/interop/test_cann_rules.py::test_integer_sums_are_exact":
         "*-w8a8-*-bfloat16 w8a8_static_asym-*-bfloat16 w8a8_static_asym-*-float16 w4a8_dynamic_g256-*-bfloat16 "
         "w4a8_dynamic_g64_asym-*-float16 "
