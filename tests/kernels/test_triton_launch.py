@@ -66,7 +66,7 @@ REFUSED = {
     "type": (lambda: call_of("w4a16", dtype=jnp.int32), "x of type int32"),
     "result": (lambda: call_of("w4a16", out_dtype=np.dtype(np.int32)), "the result of type int32"),
     "bias": (lambda: call_of("w4a16", bias=Struct((48,), np.int32)), "bias of type int32"),
-    "zero points": (lambda: call_of(scheme_with(activation_granularity=group(128), activation_zero="int")), "zero points for groups"),
+    "points": (lambda: call_of(scheme_with(activation_granularity=group(128), activation_zero="int")), "zero points for"),
     "no rows": (lambda: call_of("w4a16", rows=0), "an empty product"),
     "long sums": (lambda: call_of("w8a8_dynamic", columns=2**18, outs=16), "int32 does not hold"),
 }
