@@ -1,8 +1,8 @@
 """FP8 checkpoints with `quant_method: fp8` (one scale per tensor or channel, or DeepSeek's blocks), `fbgemm_fp8` and `blockwise_int8`.
 
 `weight` e4m3 or int8 [N, K]; `weight_scale` or, in blocks of `weight_block_size` (out, in), `weight_scale_inv` [ceil(N/bn), ceil(K/bk)],
-which multiplies despite its name; `input_scale` where activations are static. Block scales may be exponents (e8m0). `fbgemm_fp8`: scales
-per channel, activations per token, clipped to `activation_scale_ub` (`input_scale_ub` of the layer, where it has one).
+which multiplies despite its name (DeepSeek-V4: `scale`); `input_scale` where activations are static. Block scales may be exponents (e8m0).
+`fbgemm_fp8`: scales per channel, activations per token, clipped to `activation_scale_ub` (`input_scale_ub` of the layer, where it has one).
 Source: DeepSeek-V3, `inference/kernel.py`; transformers, `integrations/finegrained_fp8.py`; SGLang, `quantization/fp8.py`.
 """
 
@@ -48,11 +48,13 @@ def settings(source: Source) -> Settings:
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
     weight = parts.tensors.get("weight")
+    name = next((n for n in SCALE_NAMES if n in parts), "weight_scale")
+    if weight is not None and weight.dtype == "I8" and config.kind != "I8" and name in parts:
+        return _nibbles(config, name, parts)
     if weight is None or weight.dtype != config.kind:
         return None
     if config.fbgemm:
         return _fbgemm(config, parts)
-    name = next((n for n in SCALE_NAMES if n in parts), "weight_scale")
     if config.block is not None and name != "weight_scale":
         if name in parts and parts.tensors[name].dtype == "I32":
             raise parts.fail(name, "scales as floats or exponents", "int32, DeepGEMM's packed layout of exponents")
@@ -63,6 +65,13 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
     code = common.CODES[config.kind]
     act = ActivationSpec(code, TENSOR, mode="static") if config.static else _dynamic(parts, name, code)
     return common.byte_layer(parts, scale=name, activation=act, dtypes=(config.kind,), readers=common.inputs(parts, act))
+
+
+def _nibbles(config: Settings, name: str, parts: Parts) -> Layer:
+    """DeepSeek-V4's experts: two e2m1 in a byte that is called int8, under exponents for 32 of them; activations as everywhere else."""
+    if config.block is None:
+        raise parts.fail("weight", "e4m3, or two e2m1 a byte in a checkpoint of blocks", "I8")
+    return common.mx_layer(parts, "weight", name, ActivationSpec("fp8_e4m3", group(config.block[1])), "mx_rceil")
 
 
 def _fbgemm(config: Settings, parts: Parts) -> Layer:
