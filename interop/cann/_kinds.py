@@ -84,20 +84,22 @@ def _w8a8_static(f: Facts) -> bool:
     return _integer_weight(f) and w.zero is None and not f.group and _plain_rows(f.activation, "int8") and f.activation.mode == "static"
 
 
-def _symmetric_rows(a: ActivationSpec | None, code: str) -> bool:
-    return _plain_rows(a, code) and a.zero is None and a.mode == "dynamic"
+def _symmetric_rows(f: Facts, code: str) -> bool:
+    a = f.activation
+    # A scale per tensor is each expert's own, which no row of a stack has.
+    return _plain_rows(a, code) and a.zero is None and a.mode == "dynamic" and not (f.experts and a.granularity.kind == "tensor")
 
 
 def _w4a8(f: Facts) -> bool:
     """int8 times int4; a matrix of one scale per channel whose K is not a multiple of 256 is widened to int8 instead."""
-    if not (_integer_weight(f) and f.weight.zero is None and f.narrow and _symmetric_rows(f.activation, "int8")):
+    if not (_integer_weight(f) and f.weight.zero is None and f.narrow and _symmetric_rows(f, "int8")):
         return False
     # The dense operator has one scale for every 256 inputs; a coarser one is repeated.
     return f.experts or f.columns % MIXED_GROUP == 0 and (not f.group or f.group % MIXED_GROUP == 0)
 
 
 def _w4a4(f: Facts) -> bool:
-    return _integer_weight(f) and f.weight.zero is None and f.narrow and not f.group and _symmetric_rows(f.activation, "int4")
+    return _integer_weight(f) and f.weight.zero is None and f.narrow and not f.group and _symmetric_rows(f, "int4")
 
 
 def _codes16(f: Facts) -> bool:

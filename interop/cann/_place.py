@@ -20,6 +20,8 @@ from ._leaves import leaves_of, to_numpy, to_torch
 from ._npu import format_cast
 from ._placed import Placed, matrix_shape
 
+INPUT_LEAVES = {"smooth": torch.float32, "perm": torch.int64, "input_scale": torch.float32, "input_zero": torch.int32}
+"""Leaves that act on the activation, and their types on the device."""
 SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -167,9 +169,9 @@ def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, d
         return tensor if tensor.device == device else tensor.to(device)
 
     laid = LAYOUTS[kind](Source(packed, leaves, columns, rows, experts, dtype, put))
-    for name in ("smooth", "perm"):
+    for name, number in INPUT_LEAVES.items():
         if name in leaves:
-            laid.operands[name] = leaves[name].to(torch.float32 if name == "smooth" else torch.int64)
+            laid.operands.setdefault(name, leaves[name].to(number))
     base.operands = {name: put(tensor) for name, tensor in laid.operands.items()}
     base.meta, base.codes = laid.meta, laid.codes
     base.kept = {name: leaf for name, leaf in leaves.items() if name != "codes"}
