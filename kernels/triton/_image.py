@@ -181,6 +181,9 @@ def write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(beside, 0o666 & ~mask)         # a temporary file is its owner's alone
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -105,3 +105,14 @@ def _peak(call: Call, device: Device) -> float:
     from ._plan_matmul import arithmetic, coded
     dot = arithmetic(coded(call), Target.parse(device.target))
     return device.byte if dot in ("s8", "e4m3", "e5m2") else device.half / (8 if dot == "f32" else 1)
+
+
+FUSED, LIBRARY = 0.65, 0.80
+"""Fractions of the peak that a fused Triton kernel and the vendor's library are expected to reach where arithmetic decides."""
+
+
+def unpack_from(device: Device) -> int:
+    """The number of tokens from which unpacking the weight once (2.5 bytes for each) and the vendor's 16-bit product cost less than
+    decoding inside the kernel; a multiple of 256."""
+    saved = (1 / FUSED - 1 / LIBRARY) * 2 / device.half
+    return -(-int(2.5 / device.bandwidth / saved) // 256) * 256

@@ -133,8 +133,12 @@ def tables(target: str, device: str | None = None, user: Path | None = None) -> 
     """The tables for a device, the first to be asked first: the user's before the package's, the device's own before others of its
     target, the target's before others of its generation."""
     every = [table for folder in (user or user_dir(), PACKAGE) for table in _folder(folder)]
-    generation = [t for t in every if t.target[:-1] == target[:-1]]
+    generation = [t for t in every if _generation(t.target) == _generation(target)]
     return tuple(sorted(generation, key=lambda t: (t.target != target, device is not None and t.device != device)))
+
+
+def _generation(target: str) -> str:
+    return target[:4] if target.startswith("gfx") else target[:-1]
 
 
 def device_name(target: str) -> str | None:
