@@ -11,10 +11,10 @@ torch is imported when one of these names is first used, torch_npu when an opera
 from qfunc._lazy import attach as _attach
 
 _PUBLIC = {
-    "Experts": "_moe", "PlacementError": "_place", "grouped_matmul": "_grouped", "linear": "_linear", "moe": "_moe", "place_experts": "_moe",
-    "read_cache": "_cache", "write_cache": "_cache",
-    "Collective": "_parallel", "Placed": "_placed", "callback": "_callback", "place": "_place", "rank_config": "_parallel",
-    "rank_params": "_parallel", "restore": "_place", "to_array": "_arrays", "to_tensor": "_arrays", "to_torch": "_trace",
+    "Collective": "_parallel", "Experts": "_moe", "Placed": "_placed", "PlacementError": "_place", "callback": "_callback",
+    "grouped_matmul": "_grouped", "linear": "_linear", "moe": "_moe", "place": "_place", "place_experts": "_moe",
+    "rank_config": "_parallel", "rank_params": "_parallel", "read_cache": "_cache", "restore": "_place", "to_array": "_arrays",
+    "to_tensor": "_arrays", "to_torch": "_trace", "write_cache": "_cache",
 }
 
 __all__ = [*_PUBLIC]

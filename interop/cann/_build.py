@@ -168,8 +168,9 @@ def tensor_of(v) -> torch.Tensor:
 class Builder:
     """Makes a `Program` of a jaxpr.
 
-    Fields: `rules`, primitive name to function `(params, operands, soc=) -> results` of quantized primitives; `inlined`, primitive name to
-    function `(eqn) -> ClosedJaxpr` of equations that another jaxpr stands for; `products`, `branches`, `soc`, `collective` as in `to_torch`.
+    Fields: `rules`, primitive name to function `(params, operands, soc=) -> results` of quantized primitives; `inlined`, primitive
+    name to function `(eqn) -> ClosedJaxpr` of equations that another jaxpr stands for; `products`, `branches`, `soc` and `collective`
+    as in `to_torch`.
     """
 
     def __init__(self, rules: dict[str, Callable], inlined: dict[str, Callable], products: str, branches: str, soc: str, collective):
@@ -278,9 +279,6 @@ class _Scope:
             eqn = eqn.replace(invars=[v if is_literal(v) else self.folded.get(v, v) for v in eqn.invars])
         name, rules = eqn.primitive.name, self.builder.rules
         if name in INLINED:
-            named = NAMED.get(eqn.params.get("name"))
-            if named in rules and any(self.is_held(v) for v in eqn.invars):
-                return self.special(eqn, rules[named])
             return self.inline(eqn, *_closed(eqn))
         if name in rules:
             return self.special(eqn, rules[name])
@@ -399,9 +397,6 @@ HELD: dict[str, Callable] = {"slice": _held_slice, "squeeze": _held_squeeze, "co
                              "stop_gradient": lambda eqn: lambda part: part}
 """Equations after which a held value is still held."""
 
-NAMED = {"quantized_take": "quantized_take"}
-"""Names of jitted functions of qfunc that have a rule of their own."""
-
 MOVES = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 FOLDED = ("bool", "int8", "int16", "int32", "uint8", "float32", "float16", "bfloat16")
 
@@ -415,7 +410,7 @@ def _closed(eqn):
 
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
-                     "remat2", "checkpoint"))
+                     "remat2", "checkpoint", "composite"))
 """Equations that stand for another jaxpr, which takes their place: derivatives and recomputation are nothing to a forward run."""
 
 

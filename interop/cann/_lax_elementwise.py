@@ -151,10 +151,11 @@ def _shift(function: Callable, arithmetic: bool):
         second = eqn.invars[1]
 
         def clipped(x, n):
-            shifted = function(x, n.clamp(0, bits - 1) if isinstance(n, torch.Tensor) else n, bits)
-            if not isinstance(n, torch.Tensor) or arithmetic:
-                return shifted
-            return torch.where((n < 0) | (n >= bits), 0, shifted).to(shifted.dtype)
+            if not isinstance(n, torch.Tensor):
+                return function(x, n, bits)
+            beyond = (n < 0) | (n >= bits)              # an amount is unsigned
+            shifted = function(x, torch.where(beyond, bits - 1, n), bits)
+            return shifted if arithmetic else torch.where(beyond, 0, shifted)
         if is_literal(second) and not second.aval.shape and 0 <= number(second) < bits and not is_literal(eqn.invars[0]):
             amount = number(second)
             return _signed(eqn, lambda x: clipped(x, amount))
@@ -228,10 +229,12 @@ def _saturated(x, dtype):
     if bounds.bits < 32:
         return x.clamp(bounds.min, bounds.max).to(UNSIGNED.get(dtype, dtype) if bounds.bits < 16 else torch.int32).to(dtype)
     if dtype == torch.uint32:
-        return narrowed(x.clamp(0, 2.0**32 - 256).to(torch.int64), dtype)
+        top = 2.0**32
+        return narrowed(torch.where(x >= top, 2**32 - 1, x.clamp(0, top - 256).to(torch.int64)), dtype)
     # The largest int32 is no float32: 2^31 itself is cut off apart.
     top = float(2**(bounds.bits - 1))
-    return torch.where(x >= top, bounds.max, torch.where(x < -top, bounds.min, torch.where(x.abs() < top, x, 0).to(dtype))).to(dtype)
+    inside = (x >= -top) & (x < top)
+    return torch.where(inside, torch.where(inside, x, 0).to(dtype), torch.where(x > 0, bounds.max, bounds.min).to(dtype))
 
 
 def _select(eqn, scope):

@@ -129,7 +129,7 @@ class Geometry:
 
 
 _REDUCTIONS = {"scatter-add": "sum", "scatter_add": "sum", "scatter-mul": "prod", "scatter_mul": "prod", "scatter_min": "amin",
-               "scatter-min": "amin", "scatter_max": "amax", "scatter-max": "amax", "scatter": None}
+               "scatter-min": "amin", "scatter_max": "amax", "scatter-max": "amax", "scatter": None, "scatter-sub": "less"}
 
 
 @rule(*_REDUCTIONS)
@@ -159,8 +159,8 @@ def _scatter(eqn, scope):
         flat, updates = flat.reshape(-1), updates.reshape(-1)
         if reduction is None:
             out = torch.scatter(base, 0, flat, updates)
-        elif reduction == "sum":
-            out = torch.scatter_add(base, 0, flat, updates)
+        elif reduction in ("sum", "less"):
+            out = torch.scatter_add(base, 0, flat, updates if reduction == "sum" else -updates)
         else:
             out = torch.scatter_reduce(base, 0, flat, updates, reduction)
         return out[:-1].reshape(x.shape)

@@ -82,9 +82,11 @@ def _partitionable(eqn) -> None:
         raise UnknownPrimitive(f"random numbers are laid out for jax_threefry_partitionable, which is switched off\n{eqn}")
 
 
-def _counters(size: int):
-    count = torch.arange(size, dtype=torch.int64, device=device())
-    return (count >> 32).to(torch.int32), count.to(torch.int32)
+def _stream(key, shape):
+    """Two int32 blocks [*keys, *shape]: every key counts from 0."""
+    count = torch.arange(math.prod(shape), dtype=torch.int64, device=device())
+    words = [word.unsqueeze(-1) for word in _words(key)]
+    return [block.reshape(*key.shape[:-1], *shape) for block in threefry(words, (count >> 32).to(torch.int32), count.to(torch.int32))]
 
 
 @rule("random_split")
@@ -92,11 +94,9 @@ def _split(eqn, scope):
     _fry(eqn, eqn.invars[0])
     _partitionable(eqn)
     shape = tuple(eqn.params["shape"])
-    if eqn.invars[0].aval.shape:
-        raise UnknownPrimitive(str(eqn))
 
     def run(key):
-        return torch.stack(threefry(_words(key), *_counters(math.prod(shape))), -1).reshape(*shape, 2).view(torch.uint32)
+        return torch.stack(_stream(key, shape), -1).view(torch.uint32)
     return every(eqn, run)
 
 
@@ -106,11 +106,11 @@ def _bits(eqn, scope):
     _partitionable(eqn)
     width, shape = eqn.params["bit_width"], tuple(eqn.params["shape"])
     kinds = {8: (torch.int8, torch.uint8), 16: (torch.int16, torch.uint16), 32: (torch.int32, torch.uint32)}
-    if width not in kinds or eqn.invars[0].aval.shape:
+    if width not in kinds:
         raise UnknownPrimitive(str(eqn))
     signed, unsigned = kinds[width]
 
     def run(key):
-        first, second = threefry(_words(key), *_counters(math.prod(shape)))
-        return (first ^ second).to(signed).reshape(shape).view(unsigned)
+        first, second = _stream(key, shape)
+        return (first ^ second).to(signed).view(unsigned)
     return every(eqn, run)

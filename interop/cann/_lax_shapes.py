@@ -75,6 +75,24 @@ def _concatenate(eqn, scope):
     return every(eqn, carried(eqn, lambda *operands: torch.cat(operands, axis)))
 
 
+@rule("stack")
+def _stack(eqn, scope):
+    axis = eqn.params["axis"]
+    return every(eqn, carried(eqn, lambda *operands: torch.stack(operands, axis)))
+
+
+@rule("unstack")
+def _unstack(eqn, scope):
+    axis = eqn.params["axis"]
+    return every(eqn, lambda x: torch.unbind(x, axis))
+
+
+@rule("tile")
+def _tile(eqn, scope):
+    reps = tuple(eqn.params["reps"])
+    return every(eqn, carried(eqn, lambda x: x.repeat(reps)))
+
+
 @rule("split")
 def _split(eqn, scope):
     sizes, axis = list(eqn.params["sizes"]), eqn.params["axis"]

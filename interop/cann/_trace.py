@@ -21,7 +21,7 @@ import torch
 from qfunc._paths import leaf_path
 from qfunc._qtensor import QTensor
 
-from . import _lax_control, _lax_dots, _lax_elementwise, _lax_indexing, _lax_random, _lax_reductions, _lax_shapes  # noqa: F401
+from . import _lax_collective, _lax_control, _lax_dots, _lax_elementwise, _lax_indexing, _lax_random, _lax_reductions, _lax_shapes  # noqa: F401
 from ._arrays import narrowed, numpy_dtype, to_tensor
 from ._build import Builder, Program, UnknownPrimitive
 from ._specification import SPECIFICATION
@@ -154,7 +154,7 @@ def to_torch(fn: Callable, *, rules: str = "npu", products: str = "exact", branc
 
 def _npu():
     from ._rules import RULES
-    return RULES, {}
+    return RULES, {name: jaxpr for name, jaxpr in SPECIFICATION.items() if name not in RULES and name == "quantized_take"}
 
 
 RULES_OF: dict[str, Callable] = {"npu": _npu, "reference": lambda: ({}, SPECIFICATION)}

@@ -21,7 +21,8 @@ def agree(function, *args, exact=False):
     for w, g in zip(want, got, strict=True):
         assert str(g.dtype).removeprefix("torch.") == str(w.dtype) and tuple(g.shape) == w.shape
         g = g.to(torch.float64).numpy() if g.dtype.is_floating_point else g.to(torch.int64).numpy() if g.dtype != torch.bool else g.numpy()
-        w = np.asarray(w).astype(g.dtype)
+        with np.errstate(invalid="ignore"):         # of signalling NaNs
+            w = np.asarray(w).astype(g.dtype)
         if exact or g.dtype.kind != "f":
             np.testing.assert_array_equal(g, w)
         else:
@@ -34,10 +35,11 @@ UNARY = ["neg", "abs", "sign", "floor", "ceil", "is_finite", "round", "exp", "ex
 EXACT = ("neg", "abs", "sign", "floor", "ceil", "is_finite", "round", "square")
 
 
-@pytest.mark.parametrize("name", UNARY)
-def test_unary(name):
-    x = ODD if name not in ("sin", "cos", "tan", "lgamma") else ODD[:10]
-    agree(getattr(lax, name), x, exact=name in EXACT)
+def test_unary():
+    agree(lambda x: [getattr(lax, name)(x) for name in EXACT], ODD, exact=True)
+    finite = ("sin", "cos", "tan", "lgamma")
+    agree(lambda x: {name: getattr(lax, name)(x) for name in UNARY if name not in finite}, ODD)
+    agree(lambda x: {name: getattr(lax, name)(x) for name in finite}, ODD[:10])
 
 
 def test_round_to_even_and_integers():
@@ -57,27 +59,27 @@ def test_binary_floats(name):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "uint32"])
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "rem", "max", "min", "bitwise_and", "bitwise_or", "bitwise_xor", "eq", "lt",
-                                  "ge", "shift_left", "shift_right_logical", "shift_right_arithmetic"])
-def test_binary_integers(name, dtype):
-    if dtype == "uint8" and name == "shift_right_arithmetic" or dtype == "uint32" and name == "shift_right_arithmetic":
-        pytest.skip("no sign to shift in")
+def test_binary_integers(dtype):
     values = INTS.astype(dtype)
     x, y = np.repeat(values, len(values)), np.tile(values, len(values))
-    if name == "div":                       # -2^31 / -1 has no int32
-        keep = ~((x == np.iinfo(dtype).min) & (y.astype(np.int64) == -1))
-        x, y = x[keep], y[keep]
-    agree(getattr(lax, name), x, y)
+    keep = ~((x == np.iinfo(dtype).min) & (y.astype(np.int64) == -1))           # -2^31 / -1 has no int32
+    x, y = x[keep], y[keep]
+    functions = [lax.add, lax.sub, lax.mul, lax.div, lax.rem, lax.max, lax.min, lax.bitwise_and, lax.bitwise_or, lax.bitwise_xor, lax.eq,
+                 lax.lt, lax.ge, lax.shift_left, lax.shift_right_logical, *[lax.shift_right_arithmetic] * dtype.startswith("i")]
     three = jnp.asarray(3, dtype)
-    agree(lambda x: (getattr(lax, name)(x, three), getattr(lax, name)(three, x)), values)
+    agree(lambda x, y: [f(x, y) for f in functions], x, y)
+    agree(lambda x: [(f(x, three), f(three, x)) for f in functions], values)
 
 
-@pytest.mark.parametrize("to", ["bool", "int8", "uint8", "int32", "uint32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32"])
+KINDS = ["bool", "int8", "uint8", "int32", "uint32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32"]
+
+
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "int32", "uint32", "int8", "bool", "float8_e4m3fn"])
-def test_casts(source, to):
-    values = np.concatenate([ODD, [448, 464, 465, 480, -500, 57344, 61440, 70000, 255, 256, -129, 2.0**31, -2.0**31, 3e9]]).astype(np.float32)
+def test_casts(source):
+    ends = [448, 464, 465, 480, -500, 57344, 61440, 70000, 255, 256, -129, 2.0**31, -2.0**31, 3e9]
+    values = np.concatenate([ODD, ends]).astype(np.float32)
     x = jnp.asarray(INTS if source in ("int32", "uint32", "int8", "bool") else values).astype(source)
-    agree(lambda x: x.astype(to), x, exact=True)
+    agree(lambda x: [x.astype(to) for to in KINDS], x, exact=True)
 
 
 def test_bits():
@@ -93,7 +95,8 @@ def test_shapes(rng):
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
     agree(lambda x: (x.reshape(12, 5), x.T, x[::2, 1:, ::-1], jnp.squeeze(x[:1], 0), x[None], jnp.broadcast_to(x[:, :1], (2, 3, 4, 5))), x)
     agree(lambda x: (jnp.concatenate([x, x + 1], 1), jnp.split(x, [1, 3], 1), jnp.repeat(x, 2, 1), jnp.tile(x, (1, 2, 1))), x)
-    agree(lambda x: (lax.pad(x, 1.5, ((1, 2, 0), (0, 0, 2), (-1, 1, 0))), jnp.pad(x, 1), lax.pad(x, x[0, 0, 0], ((0, 0, 0), (1, 1, 1), (2, -2, 0)))), x)
+    agree(lambda x: (lax.pad(x, 1.5, ((1, 2, 0), (0, 0, 2), (-1, 1, 0))), jnp.pad(x, 1),
+                     lax.pad(x, x[0, 0, 0], ((0, 0, 0), (1, 1, 1), (2, -2, 0)))), x)
     agree(lambda x: (jnp.zeros((2, 3)), jnp.arange(7), jnp.eye(3), lax.iota(jnp.uint32, 5), jnp.full((2,), 3, jnp.int8)), x)
     agree(lambda x: (lax.reshape(x, (5, 12), (2, 0, 1)), jnp.moveaxis(x, 0, -1), lax.rev(x, (0, 2))), x)
 
@@ -102,14 +105,16 @@ def test_shapes(rng):
 def test_moving_types_that_torch_hardly_knows(dtype, rng):
     x = jnp.asarray(rng.integers(0, 100, (4, 6))).astype(dtype)
     index = jnp.asarray([2, 0, 3], jnp.int32)
-    agree(lambda x: (x[index], jnp.concatenate([x, x]), jnp.flip(x, 1), jnp.where(jnp.arange(6) > 2, x, x[:1]), x.at[1].set(x[0])), x, exact=True)
-    agree(lambda x, i: (lax.dynamic_slice_in_dim(x, i, 2, 0), lax.dynamic_update_slice_in_dim(x, x[:2], i, 0), jnp.stack([x, x]).reshape(8, 6)),
-          x, np.int32(3), exact=True)
+    agree(lambda x: (x[index], jnp.concatenate([x, x]), jnp.flip(x, 1), jnp.where(jnp.arange(6) > 2, x, x[:1]), x.at[1].set(x[0])),
+          x, exact=True)
+    agree(lambda x, i: (lax.dynamic_slice_in_dim(x, i, 2, 0), lax.dynamic_update_slice_in_dim(x, x[:2], i, 0),
+                        jnp.stack([x, x]).reshape(8, 6)), x, np.int32(3), exact=True)
 
 
 def test_reductions(rng):
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
-    agree(lambda x: (x.sum(1), x.max((0, 2)), x.min(), x.prod(2), x.mean(-1), x.argmax(1), x.argmin(2), jnp.var(x, 1), x.astype(jnp.bfloat16).max(0)), x)
+    agree(lambda x: (x.sum(1), x.max((0, 2)), x.min(), x.prod(2), x.mean(-1), x.argmax(1), x.argmin(2), jnp.var(x, 1),
+                     x.astype(jnp.bfloat16).max(0)), x)
     i = rng.integers(-50, 50, (3, 7)).astype(np.int8)
     agree(lambda i: (i.sum(1), i.max(1), lax.reduce_and_p.bind(i, axes=(1,)), lax.reduce_or_p.bind(i, axes=(0, 1)),
                      lax.reduce_xor_p.bind(i, axes=(1,)), i.astype(jnp.uint32).sum(), (i > 0).any(1), (i > 0).all(0)), i)
@@ -133,7 +138,8 @@ def test_sorting(rng):
 def test_gathers(rng):
     x = rng.standard_normal((5, 6, 7)).astype(np.float32)
     ids = jnp.asarray(rng.integers(-9, 9, (3, 4)), jnp.int32)
-    agree(lambda x, i: (jnp.take(x, i, 0), jnp.take(x, i, 1, mode="clip"), jnp.take(x, i, 2, mode="wrap"), x[i], x[:, i], x[i, 2], x[1, :, i]), x, ids)
+    agree(lambda x, i: (jnp.take(x, i, 0), jnp.take(x, i, 1, mode="clip"), jnp.take(x, i, 2, mode="wrap"), x[i], x[:, i], x[i, 2],
+                        x[1, :, i]), x, ids)
     agree(lambda x, i: jnp.take_along_axis(x[:3, :4], i[:, :, None] % 7, 2), x, ids)
     agree(lambda x, i: (x[i % 5, i % 6], x[i % 5, :, i % 7], x[i[0] % 5][:, i[0] % 6]), x, ids)
     agree(lambda x, i: jax.vmap(lambda a, j: lax.dynamic_slice(a, (j, 0), (2, 7)))(x, i.reshape(-1)[:5]), x, ids)
@@ -147,7 +153,8 @@ def test_scatters(rng):
     x = rng.standard_normal((5, 6)).astype(np.float32)
     ids = jnp.asarray([4, 0, 9, -1, 2], jnp.int32)
     rows = rng.standard_normal((5, 6)).astype(np.float32)
-    agree(lambda x, i, r: (x.at[i].set(r), x.at[i].add(r), x.at[:, i].add(r), x.at[i, i].mul(2.0), x.at[i].max(r), x.at[i].min(r, mode="drop")), x, ids, rows)
+    agree(lambda x, i, r: (x.at[i].set(r), x.at[i].add(r), x.at[:, i].add(r[:, :5]), x.at[i, i].mul(2.0), x.at[i].max(r),
+                           x.at[i].min(r, mode="drop"), x.at[i].subtract(r)), x, ids, rows)
     agree(lambda x, i, r: (x.at[i].add(r, mode="clip"), x.at[2].set(r[0]), x.at[1:3].set(0.0), x.at[i % 5, 2].set(7.0)), x, ids, rows)
     agree(lambda i: (jnp.bincount(i, length=6), jnp.zeros(6, jnp.int8).at[i].add(1)), jnp.asarray([1, 1, 5, 0, 1], jnp.int32))
     agree(lambda x, i: jax.vmap(lambda a, j: a.at[j].set(0.0))(x, i), x, jnp.asarray([1, 2, 3, 4, 5], jnp.int32))
@@ -169,7 +176,8 @@ def test_contractions(rng):
 def test_half_products_are_rounded_once(dtype, rng):
     x, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((9, 300), (300, 20)))
     full = jnp.matmul(x, w, preferred_element_type=jnp.float32)
-    agree(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32), x, w)
+    exact = to_torch(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32), rules="reference")(x, w)
+    np.testing.assert_allclose(exact.numpy(), full, atol=1e-4)
     got = to_torch(lambda x, w: jnp.einsum("ik,kj->ji", x, w, preferred_element_type=jnp.float32).T.astype(dtype), rules="reference")(x, w)
     step = np.abs(np.asarray(full)) * float(jnp.finfo(dtype).eps)
     assert (np.abs(got.float().numpy() - np.asarray(full)) <= step + 1e-6).all()
@@ -187,7 +195,8 @@ def test_control_flow(rng):
         agree(lambda x, v: lax.cond(v > 0, lambda: x * 2, lambda: x - 1), x, np.float32(value))
     for which in (-3, 0, 1, 2, 9):
         agree(lambda x, i: lax.switch(i, [lambda: x, lambda: x * 2, lambda: x * 3]), x, np.int32(which))
-        got = to_torch(lambda x, i: lax.switch(i, [lambda: x, lambda: x * 2, lambda: x * 3]), rules="reference", branches="read")(x, np.int32(which))
+        read = to_torch(lambda x, i: lax.switch(i, [lambda: x, lambda: x * 2, lambda: x * 3]), rules="reference", branches="read")
+        got = read(x, np.int32(which))
         assert torch.equal(got, torch.tensor(x) * (min(max(which, 0), 2) + 1))
     agree(lambda x: lax.cond(x[0, 0] > 100, lambda: lax.while_loop(lambda c: c.sum() < 1e9, lambda c: c, x), lambda: x), x)
     agree(lambda x: (jax.nn.relu(x), jax.nn.gelu(x), jax.nn.silu(x), jax.nn.softmax(x), jax.nn.logsumexp(x), jax.checkpoint(jnp.sin)(x)), x)
