@@ -187,8 +187,8 @@ def default_config(call: Call, target: Target) -> Config:
     split = 1
     while call.sizes is None and split < 16 and tiles * split < 264 and columns // (2 * split) >= 512:
         split *= 2
-    # Before Hopper the operands of a product lie in registers beside the sums.
-    large = 64 * 64 if fresh and target.backend == "cuda" and target.arch < 90 else 64 * 128
+    # Where products take both operands from registers, or sums come back from tensor memory, less is left for the sums.
+    large = 64 * 64 if fresh and target.backend == "cuda" and target.arch != 90 else 64 * 128
     return Config(block_m, block_n, 128, split, 8 if block_m * block_n >= large else 4, 4 if block_m <= 32 else 3, swapped=True)
 
 

@@ -153,7 +153,17 @@ def _ptx():
     yield Case("ptx", "fp8_e4m3", 256, 1, dtype="bf16")
 
 
-ALL: dict[str, Case] = {case.id: case for make in (_dense, _grouped, _rows, _fronts, _take, _whole, _ptx) for case in make()}
+FAULTS = ("offset", "scale", "step", "grid", "rows", "columns", "groups", "experts")
+
+
+def _faults():
+    """Launches with one thing wrong, which the checks must notice."""
+    for name in FAULTS:
+        sizes = (2, 0, 3) if name == "experts" else None
+        yield Case("faults", "w4a16_g128", 5, 384, 24, "float32", sizes=sizes, label=name)
+
+
+ALL: dict[str, Case] = {case.id: case for make in (_dense, _grouped, _rows, _fronts, _take, _whole, _ptx, _faults) for case in make()}
 
 # Every weight code, scale, place of the scale and arithmetic once, in the usual run; the rest runs in `make test-gpu-offline`.
 _SCHEMES = """w2a16_g32 w3a16_g128 w4a16 w4a16_g32 w4a16_g128_asym w5a16_g64 w6a16 w7a16 w8a16 w8a16_asym w8a8_dynamic w8a8_static_asym
@@ -167,8 +177,8 @@ def _sampled(case: Case, index: int) -> bool:
         return name in _SCHEMES and int(variant) == _SCHEMES.index(name) % 6
     if case.kind == "grouped":
         return name in _SCHEMES and int(variant) == 0 and _SCHEMES.index(name) % 2 == 0
-    return {"rows": index % 3 == 0, "fronts": True, "take": case.scheme in _SCHEMES and _SCHEMES.index(case.scheme) % 5 == 0,
-            "whole": index % 3 == 0, "ptx": True}[case.kind]
+    return {"rows": index % 4 == 0, "fronts": True, "take": case.scheme in _SCHEMES and _SCHEMES.index(case.scheme) % 5 == 0,
+            "whole": index % 3 == 0, "ptx": True, "faults": True}[case.kind]
 
 
 USUAL = tuple(case.id for index, case in enumerate(ALL.values()) if _sampled(case, index))

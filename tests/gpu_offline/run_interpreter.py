@@ -22,13 +22,15 @@ def checks():
     cheap = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *cheap))
     sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+    import check_faults
     import check_products
     import check_ptx
     import check_rows
     import check_take
     import check_whole
     return {"dense": check_products.dense, "grouped": check_products.grouped, "rows": check_rows.rows, "fronts": check_rows.fronts,
-            "take": check_take.take, "whole": check_whole.whole, "ptx": check_ptx.every_byte}
+            "take": check_take.take, "whole": check_whole.whole, "ptx": check_ptx.every_byte,
+            "faults": check_faults.noticed}
 
 
 def run(check, case):

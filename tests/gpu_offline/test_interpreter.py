@@ -57,7 +57,12 @@ def _ptx(verdict):
     assert verdict["different"] == 0, "a nibble of some byte is decoded to another number than its value"
 
 
-CHECKS = {"dense": _products, "grouped": _products, "rows": _rows, "fronts": _fronts, "take": _take, "whole": _whole, "ptx": _ptx}
+def _faults(verdict):
+    assert verdict["sound"] <= 1 and verdict["noticed"], "a wrong launch went unnoticed"
+
+
+CHECKS = {"dense": _products, "grouped": _products, "rows": _rows, "fronts": _fronts, "take": _take, "whole": _whole, "ptx": _ptx,
+          "faults": _faults}
 
 
 @pytest.mark.parametrize("name", OFFLINE)

@@ -83,8 +83,9 @@ def test_refusals_say_why(name):
 
 def test_refusals_of_rows_and_targets():
     x = (Struct((4, 256), np.dtype(jnp.bfloat16)),)
-    for spec, words in ((ActivationSpec("int8", group(48)), "groups of 48"), (ActivationSpec("int8", scale_rule="full_range"), "full_range"),
-                        (ActivationSpec("int8", group(64), zero="int", scale_rule="minmax"), "zero points")):
+    rows = ((ActivationSpec("int8", group(48)), "groups of 48"), (ActivationSpec("int8", scale_rule="full_range"), "full_range"),
+            (ActivationSpec("int8", group(64), zero="int", scale_rule="minmax"), "zero points"))
+    for spec, words in rows:
         assert words in _launch.refusal(Call("quantize_activation", x, spec=spec), HOPPER)
     assert _launch.refusal(Call("quantize_activation", x, spec=ActivationSpec("int8", Granularity("token"))), HOPPER) is None
     assert "sm_70" in _launch.refusal(call_of("w4a16"), _launch.Target.parse("sm_70"))
