@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import DATA, archive
+from checkpoints import DATA, archive, sampled
 
 import qfunc
 
@@ -47,7 +47,16 @@ def worst(folder: Path, checkpoint) -> float:
     return float(max(errors))
 
 
-@pytest.mark.parametrize("name", CUTS)
+# What the usual run takes: every family, packing and kind of scale once.
+USUAL = ("autoawq-*", "autoround-w2a16-g32", "autoround-mixed-4-8-16", "autoround-nvfp4", "bnb-int8", "bnb-nf4-dq", "ct-fp8-block",
+         "ct-fp8-dynamic-kv-fp8", "ct-moe-w4a16", "ct-mxfp4", "ct-nvfp4", "ct-w4a16-asym-gptq-actorder-group", "ct-w4a8-int",
+         "ct-w8a8-int8-static-asym", "gguf-iq3_s", "gguf-moe-q4_k_m", "gptqmodel-3bit-g128", "gptqmodel-4bit-g128-descact",
+         "gptqmodel-moe-4bit-g128", "modelopt-fp8", "modelopt-moe-nvfp4", "modelopt-w4a8-awq", "modelopt-mxfp8", "modelslim-mixed-moe",
+         "modelslim-quarot-online-w4a4", "modelslim-w4a8-dynamic-moe", "modelslim-w8a8", "modelslim-w8a8-mxfp8", "quark-int8",
+         "quark-moe-int4-fp8", "quark-mxfp4", "torchao-8da4w", "torchao-fp8dq-pertensor", "torchao-mxfp4")
+
+
+@pytest.mark.parametrize("name", sampled(CUTS, *USUAL))
 def test_weights_are_the_tools_own(name):
     path = next((DATA / name).glob("*.gguf"), DATA / name)
     checkpoint = qfunc.load(path)
@@ -65,7 +74,9 @@ def test_whole_checkpoints(name):
     assert worst(ARCHIVE / name, qfunc.load(path)) <= longest(LIMITS, name)
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", sampled(CUTS, "autoawq-moe*", "autoround-nvfp4", "bnb-int8", "ct-moe-w4a16", "ct-w8a8-int8-static-asym",
+                                         "gguf-moe-q4_k_m", "gptqmodel-4bit-g128-descact", "modelopt-moe-nvfp4", "modelslim-mixed-moe",
+                                         "quark-moe-int4-fp8", "torchao-8da4w"))
 def test_inspection_agrees_with_loading(name):
     path = next((DATA / name).glob("*.gguf"), DATA / name)
     checkpoint, seen = qfunc.load(path), qfunc.interop.inspect(path)

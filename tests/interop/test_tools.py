@@ -59,8 +59,8 @@ def compressed(form, **fields):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group", [64, None])
+@pytest.mark.parametrize(("symmetric", "group"), [(True, 64), (False, None),
+                                                  *(pytest.param(*row, marks=pytest.mark.slow) for row in ((True, None), (False, 64)))])
 def test_packed_integers_of_compressed_tensors(tmp_path, bits, symmetric, group):
     fields = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     packed, want, config = compressed("pack-quantized", num_bits=bits, type="int", symmetric=symmetric, **fields)
@@ -86,8 +86,8 @@ def test_formats_of_compressed_tensors(tmp_path, form, fields, name):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("size", "nested"), [(64, True), (128, False), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+    (64, False), (128, True), (256, False), (256, True)))])
 def test_blocks_of_bitsandbytes(tmp_path, kind, size, nested):
     functional = pytest.importorskip("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(matrix(outs=32), blocksize=size, compress_statistics=nested, quant_type=kind)

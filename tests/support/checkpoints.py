@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import struct
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 DATA = Path(__file__).parent.parent / "data" / "checkpoints"
-NAMES = {"int8": "I8", "int16": "I16", "uint8": "U8", "int32": "I32", "int64": "I64", "uint32": "U32", "float16": "F16", "float32": "F32", "float64": "F64",
-         "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0", "bool": "BOOL"}
+NAMES = {"int8": "I8", "int16": "I16", "uint8": "U8", "int32": "I32", "int64": "I64", "uint32": "U32", "float16": "F16", "float32": "F32",
+         "float64": "F64", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0", "bool": "BOOL"}
 
 
 def header_and_data(tensors: dict, metadata: dict | None = None) -> tuple[dict, bytes]:
@@ -41,6 +43,12 @@ def checkpoint(folder: Path, tensors: dict, quantization: dict | None = None, co
     (folder / "config.json").write_text(json.dumps(found))
     write_file(folder / "model.safetensors", *header_and_data(tensors, metadata))
     return folder
+
+
+def sampled(names, *patterns: str) -> list:
+    """Parameters of a test, of which the usual run takes those that a pattern matches; the others are slow."""
+    return [name if any(fnmatchcase(name, pattern) for pattern in patterns) else pytest.param(name, marks=pytest.mark.slow)
+            for name in names]
 
 
 def archive() -> Path | None:
