@@ -1,19 +1,22 @@
-"""Speed of the native CPU kernels against their peers: python kernels/bench/cpu.py [--rows 1,16] [--shapes 4096x4096] [--repeats 15].
+"""Speed of the native CPU kernels against their peers: python kernels/bench/cpu.py [--rows 1,16] [--shapes 4096x4096] [--schemes a,b].
 
 For every shape (in x out) and number of rows the candidates take turns, so that a crowded machine slows all of them alike; what is
-printed is the median over the turns of (time of XLA float32) / (time of the candidate), and of (time of the best peer of the same
-scheme) / (time of ours). Peers that are not installed are named and left out: onnxruntime + onnx, torch, torchao, qwix, llama_cpp.
-The bandwidth of one thread's copy is printed with it: packed bytes over it bound what any kernel can do for one row.
+printed is the median over the turns of (time of XLA float32) / (time of the candidate), of (time of the best peer of the same scheme) /
+(time of ours), and of (floor) / (time of ours). The floor is the longer of packed bytes over the measured copy bandwidth and of
+multiply-adds over the measured peak of the instruction that the scheme needs. Peers that are not installed are named and left out:
+torch, torchao, bitsandbytes, onnxruntime + onnx, qwix, llama_cpp.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import os
 import statistics
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -26,39 +29,82 @@ SCHEMES = ("w8a8_dynamic", "w8a16", "w4a16_g128", "w4a8_dynamic", "mxfp4_a16", "
 SHAPES = {"4096x4096": (4096, 4096), "qwen3-8b qkv": (4096, 6144), "qwen3-8b o": (4096, 4096), "qwen3-8b gate_up": (4096, 24576),
           "qwen3-8b down": (12288, 4096), "qwen3-30b-a3b expert": (2048, 1536)}
 ROWS = (1, 4, 16, 64, 256, 1024)
-PEERS = {"torch f32": None, "torch bf16": None, "torch int_mm": "int8", "ort int8": "int8", "ort nbits4 f32": "int4",
-         "ort nbits4 int8": "int4a8", "torchao w8a8": "int8", "qwix w8a8": "int8", "qwix w4a16": "int4"}
-"""Peer to the kind of scheme that it is compared with; None: only against float32."""
-KINDS = {"w8a8_dynamic": "int8", "w4a16_g128": "int4", "w4a8_dynamic": "int4a8"}
+RIVALS = {
+    "w8a8_dynamic": ("torch int_mm", "torchao w8a8", "ort int8", "qwix w8a8"),
+    "w8a16": ("torchao w8a16", "ort nbits8 f32"),
+    "w4a16_g128": ("ort nbits4 f32", "qwix w4a16", "llama.cpp q4_0"),
+    "w4a8_dynamic": ("ort nbits4 int8", "llama.cpp q4_0"),
+    "nf4": ("bnb nf4",),
+}
+"""Scheme to the peers that compute the same thing, or something close: integer dots of 4-bit weights have groups elsewhere."""
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def ours(w, x):
-    """XLA's float32 matmul and every scheme, as functions without arguments."""
-    jitted = {"XLA f32": (jax.jit(jnp.matmul), w)}
-    for name in SCHEMES:
-        jitted[name] = (jax.jit(qfunc.matmul), qfunc.quantize({"kernel": w}, name)["kernel"])
-    return {name: (lambda f=f, q=q: f(x, q).block_until_ready()) for name, (f, q) in jitted.items()}
+def ours(w, schemes):
+    """XLA's float32 matmul and every scheme: name to a function that binds x."""
+    weights = {"XLA f32": (jax.jit(jnp.matmul), w)}
+    for name in schemes:
+        weights[name] = (jax.jit(qfunc.matmul), qfunc.quantize({"kernel": w}, name)["kernel"])
+
+    def bound(f, q):
+        return lambda x: lambda: f(x, q).block_until_ready()
+
+    return {name: bound(f, q) for name, (f, q) in weights.items()}, {name: q.nbytes for name, (_, q) in weights.items()}
 
 
-def torch_peers(w, x):
+def torch_peers(w):
     import torch
-    tw, tx = torch.from_numpy(np.array(w)), torch.from_numpy(np.array(x))
-    half = tw.to(torch.bfloat16), tx.to(torch.bfloat16)
-    codes, rows = torch.randint(-127, 127, tw.shape, dtype=torch.int8), torch.randint(-127, 127, tx.shape, dtype=torch.int8)
-    found = {"torch f32": lambda: tx @ tw, "torch bf16": lambda: half[1] @ half[0], "torch int_mm": lambda: torch._int_mm(rows, codes)}
-    if installed("torchao"):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    tw = torch.from_numpy(np.array(w))
+    half, codes = tw.to(torch.bfloat16), torch.randint(-127, 127, tw.shape, dtype=torch.int8)
+
+    def floats(x):
+        tx = torch.from_numpy(np.array(x))
+        return lambda: tx @ tw
+
+    def halves(x):
+        tx = torch.from_numpy(np.array(x)).to(torch.bfloat16)
+        return lambda: tx @ half
+
+    def integers(x):
+        rows = torch.randint(-127, 127, x.shape, dtype=torch.int8)
+        return lambda: torch._int_mm(rows, codes)
+
+    return {"torch f32": floats, "torch bf16": halves, "torch int_mm": integers}
+
+
+def torchao_peers(w):
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    found = {}
+    for name, config in (("torchao w8a8", Int8DynamicActivationInt8WeightConfig()), ("torchao w8a16", Int8WeightOnlyConfig())):
         layer = torch.nn.Linear(*w.shape, bias=False)
-        quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-        found["torchao w8a8"] = lambda: layer(tx)
+        quantize_(layer, config)
+
+        def bind(x, layer=layer):
+            tx = torch.from_numpy(np.array(x))
+            return lambda: torch.no_grad()(layer)(tx)
+
+        found[name] = bind
     return found
 
 
-def ort_peers(w, x):
+def bnb_peers(w):
+    import bitsandbytes as bnb
+    import torch
+    layer = bnb.nn.Linear4bit(*w.shape, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer = layer.to("cpu")
+
+    def bind(x):
+        tx = torch.from_numpy(np.array(x))
+        return lambda: torch.no_grad()(layer)(tx)
+
+    return {"bnb nf4": bind}
+
+
+def ort_peers(w):
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
@@ -73,16 +119,19 @@ def ort_peers(w, x):
         options = ort.SessionOptions()
         options.intra_op_num_threads = os.cpu_count()
         run = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        feed = {"x": np.asarray(x)}
-        return lambda: run.run(None, feed)
 
-    packed = rng.integers(0, 256, (outs, columns // 128, 64), np.uint8)
+        def bind(x):
+            feed = {"x": np.asarray(x)}
+            return lambda: run.run(None, feed)
+
+        return bind
+
     scale = rng.random((outs * columns // 128,), np.float32) * 0.01
     found = {}
-    for name, level in (("ort nbits4 f32", 1), ("ort nbits4 int8", 4)):
-        node = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=columns, N=outs, bits=4, block_size=128,
-                                accuracy_level=level)
-        found[name] = session([node], {"b": packed, "s": scale})
+    for name, bits, level in (("ort nbits4 f32", 4, 1), ("ort nbits4 int8", 4, 4), ("ort nbits8 f32", 8, 1)):
+        node = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=columns, N=outs, bits=bits,
+                                block_size=128, accuracy_level=level)
+        found[name] = session([node], {"b": rng.integers(0, 256, (outs, columns // 128, 16 * bits), np.uint8), "s": scale})
     dynamic = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "sx", "zx"]),
                helper.make_node("MatMulIntegerToFloat", ["q", "b", "sx", "sb", "zx"], ["y"], domain="com.microsoft")]
     codes = rng.integers(-127, 127, (columns, outs), np.int8)
@@ -90,58 +139,80 @@ def ort_peers(w, x):
     return found
 
 
-def qwix_peers(w, x):
+def qwix_peers(w):
     import qwix
     dims = (((1,), (0,)), ((), ()))
     eight = qwix.quantize(w, "int8", channelwise_axes=(1,))
     four = qwix.quantize(w, "int4", channelwise_axes=(1,), tiled_axes={0: 128})
-
-    @jax.jit
-    def w8a8(x, w):
-        return qwix.dot_general(qwix.quantize(x, "int8", channelwise_axes=(0,)), w, dims)
-
+    w8a8 = jax.jit(lambda x, w: qwix.dot_general(qwix.quantize(x, "int8", channelwise_axes=(0,)), w, dims))
     w4a16 = jax.jit(lambda x, w: qwix.dot_general(x, w, dims))
-    return {"qwix w8a8": lambda: jax.block_until_ready(w8a8(x, eight)), "qwix w4a16": lambda: jax.block_until_ready(w4a16(x, four))}
+    return {"qwix w8a8": lambda x: lambda: jax.block_until_ready(w8a8(x, eight)),
+            "qwix w4a16": lambda x: lambda: jax.block_until_ready(w4a16(x, four))}
 
 
-def candidates(w, x, missing: set):
-    found = ours(w, x)
-    for package, make in (("torch", torch_peers), ("onnxruntime", ort_peers), ("qwix", qwix_peers)):
+def llama_peers(w):
+    """ggml's q4_0 product through the library that llama-cpp-python brings."""
+    import llama_cpp
+    raise NotImplementedError(f"llama_cpp {llama_cpp.__version__} is here, but its ggml graph is not driven by this script yet")
+
+
+PEERS = (("torch", torch_peers), ("torchao", torchao_peers), ("bitsandbytes", bnb_peers), ("onnxruntime", ort_peers), ("qwix", qwix_peers),
+         ("llama_cpp", llama_peers))
+
+
+def peers(w, missing: set):
+    found = {}
+    for package, make in PEERS:
         if not installed(package):
             missing.add(package)
             continue
         try:
-            found.update(make(w, x))
+            found.update(make(w))
         except Exception as error:  # a peer that does not run here is reported, not hidden
-            missing.add(f"{package} ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+            missing.add(f"{package} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})")
     return found
 
 
-def turns(functions, repeats: int):
+def turns(functions, repeats: int, missing: set):
     """Seconds of every candidate in every turn."""
-    times = {name: [] for name in functions}
-    broken = []
+    times: dict[str, list[float]] = {}
+    slowest = 0.5                       # seconds: what is slower once is measured in the first turn alone
     for name, f in functions.items():
         try:
             f()
+            times[name] = []
         except Exception as error:
-            broken.append((name, str(error).splitlines()[0][:60]))
-            print(f"  {name} does not run: {broken[-1][1]}")
-    functions = {name: f for name, f in functions.items() if name not in dict(broken)}
+            missing.add(f"{name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]})")
     for _ in range(repeats):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-    return {name: t for name, t in times.items() if t}
+        for name, own in times.items():
+            own.append(_time(functions[name]) if not own or own[0] < slowest else own[0])
+    return times
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by one thread's copy."""
-    big = np.ones(1 << 27, np.uint8)
-    target = np.empty_like(big)
-    best = min(_time(lambda: np.copyto(target, big)) for _ in range(5))
-    return 2 * big.nbytes / best
+    """Bytes read and written per second by a copy on all cores."""
+    count = os.cpu_count()
+    parts = [(np.empty(1 << 26, np.uint8), np.ones(1 << 26, np.uint8)) for _ in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        best = min(_time(lambda: list(pool.map(lambda part: np.copyto(*part), parts))) for _ in range(8))
+    return 2 * count * (1 << 26) / best
+
+
+def peaks() -> dict[bool, float]:
+    """Multiply-adds per second of all cores, by whether they are of integers: the instruction that the kernels use, from registers."""
+    library = ctypes.CDLL(str(_library._find()))
+    library.qfunc_peak.restype = ctypes.c_double
+    library.qfunc_peak.argtypes = (ctypes.c_int, ctypes.c_int64)
+    count, found = os.cpu_count(), {}
+    for integer in (False, True):
+        rates = []
+        with ThreadPoolExecutor(count) as pool:
+            for _ in range(5):
+                start = time.perf_counter()
+                done = sum(pool.map(lambda _: library.qfunc_peak(integer, 1_000_000), range(count)))  # noqa: B023
+                rates.append(done / (time.perf_counter() - start))
+        found[integer] = max(rates)
+    return found
 
 
 def _time(f):
@@ -154,36 +225,50 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    bandwidth = copy_bandwidth()
-    print(f"{_library.isa()}, {os.cpu_count()} cores, copies {bandwidth / 1e9:.1f} GB/s (read and written, one thread)\n")
+    bandwidth, peak = copy_bandwidth(), peaks()
+    print(f"{_library.isa()}, {os.cpu_count()} cores, copies {bandwidth / 1e9:.1f} GB/s (read and written), peak of products "
+          f"{peak[True] / 1e9:.0f} (int8) and {peak[False] / 1e9:.0f} (float32) GMAC/s\n")
     missing: set[str] = set()
     for shape in options.shapes.split(","):
         columns, outs = SHAPES[shape]
         w = jnp.asarray(np.random.default_rng(0).standard_normal((columns, outs), np.float32) / np.sqrt(columns))
+        mine, sizes = ours(w, options.schemes.split(","))
+        candidates = {**mine, **peers(w, missing)}
         for rows in map(int, options.rows.split(",")):
             x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, columns), np.float32))
-            times = turns(candidates(w, x, missing), options.repeats)
-            report(shape, rows, times)
+            times = turns({name: bind(x) for name, bind in candidates.items()}, options.repeats, missing)
+            floors = {name: max(size / bandwidth, rows * columns * outs / peak[_integer(name)]) for name, size in sizes.items()}
+            report(shape, rows, times, floors)
     if missing:
         print("\nnot measured:", "; ".join(sorted(missing)))
 
 
-def report(shape: str, rows: int, times: dict[str, list[float]]):
+def _integer(name: str) -> bool:
+    return name in SCHEMES and qfunc.scheme(name).activation is not None
+
+
+def report(shape: str, rows: int, times: dict[str, list[float]], floors: dict[str, float]):
     base = times["XLA f32"]
     print(f"{shape}, {rows} rows: XLA f32 {statistics.median(base) * 1e3:.2f} ms")
     for name, own in times.items():
         if name == "XLA f32":
             continue
-        ratio = statistics.median(b / t for b, t in zip(base, own, strict=True))
-        line = f"  {name:18s} {statistics.median(own) * 1e3:9.2f} ms  {ratio:6.2f}x XLA f32"
-        rivals = [p for p, kind in PEERS.items() if kind and kind == KINDS.get(name) and p in times]
+        line = f"  {name:18s} {statistics.median(own) * 1e3:9.2f} ms  {_ratio(base, own):6.2f}x XLA f32"
+        if name in floors:
+            line += f"  {floors[name] / statistics.median(own):5.2f} of the floor's speed"
+        rivals = [p for p in RIVALS.get(name, ()) if p in times]
         if rivals:
             best = min(rivals, key=lambda p: statistics.median(times[p]))
-            line += f"  {statistics.median(b / t for b, t in zip(times[best], own, strict=True)):6.2f}x {best}"
+            line += f"  {_ratio(times[best], own):6.2f}x {best}"
         print(line, flush=True)
+
+
+def _ratio(theirs, own) -> float:
+    return statistics.median(b / t for b, t in zip(theirs, own, strict=True))
 
 
 if __name__ == "__main__":

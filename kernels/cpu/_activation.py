@@ -1,4 +1,4 @@
-"""The activation as the handlers take it. Integer codes are made inside the kernels; what is rarer is made by XLA in front of them."""
+"""The activation as the handlers take it. Codes are made inside the kernels; what is rarer is made by XLA in front of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qfunc._activation import QuantizedActivation, _scale_zero, dequantize_rows, quantize_rows
+from qfunc import _scales
+from qfunc._activation import QuantizedActivation, _outer, _scale_zero, dequantize_rows, quantize_rows
 from qfunc._codes import code
 from qfunc._qtensor import QTensor
 from qfunc._spec import ActivationSpec
 
-NONE, CODES, TOKEN, GROUP, GIVEN = range(5)
-"""Where codes and scales of an integer activation come from; NONE is a product in floating point."""
+NONE, CODES, TOKEN, GROUP, GIVEN, FLOAT = range(6)
+"""Where codes and scales of an activation come from; NONE is a product in floating point, FLOAT one of the values of small floats."""
+
+AMAX, POWER, TWO_LEVEL, KNOWN = range(4)
+"""Rules of the scales of small floats, as the handlers number them; KNOWN scales come with the call."""
+
+FORMATS = {"fp8_e4m3": (3, -6, 7), "fp8_e5m2": (2, -14, 7), "fp6_e2m3": (3, 0, 5), "fp6_e3m2": (2, -2, 5), "fp4_e2m1": (1, 0, 3)}
+"""Small floats: bits of the mantissa, exponent of the smallest normal number, position of the sign."""
+
+CEIL = (1 << 23) - 1
+MX = {"mx_floor": (None, 0), "mx_even": (None, None), "mx_even1": (None, 1 << 21), "mx_ceil": (None, CEIL), "mx_rceil": ("largest", CEIL),
+      "mx_ceil_x": (7.25, CEIL)}
+"""Rules of powers of two: what amax is divided by first, and what is added to its bits before the exponent is read; where nothing is
+divided, the exponent of the largest code comes off. `mx_even` rounds to the element's own mantissa."""
 
 
 class Side(NamedTuple):
@@ -34,6 +48,33 @@ def group_of(spec: ActivationSpec | None, columns: int) -> int:
     return spec.granularity.size if spec is not None and spec.granularity.kind == "group" else columns
 
 
+def float_attributes(spec: ActivationSpec | None) -> dict | None:
+    """The handlers' description of a small float activation, or None where only XLA can make it."""
+    if spec is None or spec.code not in FORMATS or spec.rounding != "rne" or spec.outlier_threshold is not None or spec.zero is not None:
+        return None
+    (mantissa, exponent, sign), largest = FORMATS[spec.code], code(spec.code).highest
+    divisor, bump, emax = 1.0, 0, 0
+    if spec.outer is not None:
+        rule = TWO_LEVEL
+    elif spec.granularity.kind == "tensor":
+        rule = KNOWN
+    elif spec.scale_rule in MX:
+        rule = POWER
+        divisor, bump = MX[spec.scale_rule]
+        emax = _scales.MX_ELEMENTS[spec.code][0] if divisor is None else 0
+        divisor = {None: 1.0, "largest": largest}.get(divisor, divisor)
+        bump = 1 << (22 - mantissa) if bump is None else bump
+    elif spec.scale_rule == "amax" and spec.scale_dtype == "float32":
+        rule = AMAX
+    else:
+        return None
+    whole = dict(rule=rule, mantissa=mantissa, exponent=exponent, sign=sign, bump=bump, emax=emax)
+    return {**{name: np.int32(value) for name, value in whole.items()}, "divisor": np.float32(divisor)}
+
+
+NO_FLOAT = {**{name: np.int32(0) for name in ("rule", "mantissa", "exponent", "sign", "bump", "emax")}, "divisor": np.float32(1)}
+
+
 def _plain(spec: ActivationSpec) -> bool:
     return spec.rounding == "rne" and spec.scale_rule == "amax" and spec.outer is None and spec.scale_dtype == "float32"
 
@@ -41,7 +82,8 @@ def _plain(spec: ActivationSpec) -> bool:
 def mode(spec: ActivationSpec | None, w: QTensor, quantized: bool) -> int:
     """How the handler quantizes x."""
     if not is_integer(spec, w):
-        return NONE
+        ordered = w.perm is None or spec is None or spec.granularity.kind != "group"
+        return FLOAT if not quantized and ordered and float_attributes(spec) is not None else NONE
     if quantized or not _plain(spec):
         return CODES
     kind = spec.granularity.kind
@@ -53,12 +95,32 @@ def mode(spec: ActivationSpec | None, w: QTensor, quantized: bool) -> int:
 
 
 def bounds(spec: ActivationSpec | None, w: QTensor) -> tuple[float, float]:
-    """(lowest, highest) code. Scales from the data never need the lowest one; a calibrated range may."""
-    if spec is None or not code(spec.code).integer:
+    """(lowest, highest) code."""
+    if spec is None:
         return 0.0, 0.0
+    if not code(spec.code).integer:
+        return -code(spec.code).highest, code(spec.code).highest
+    return lowest(spec), code(spec.code).highest
+
+
+def lowest(spec: ActivationSpec) -> float:
+    """The lowest integer code that `qfunc._activation.quantize_rows` gives."""
     element = code(spec.code)
-    calibrated = w.input_scale is not None or spec.zero is not None
-    return (element.lowest if calibrated else -element.highest), element.highest
+    spared = spec.zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
+    return -element.highest if spared else element.lowest
+
+
+def given(x, spec: ActivationSpec, input_scale, input_zero, scope: int):
+    """(scale, zero) of each row, [M, 1], where they are not found row by row inside: per tensor, or the outer one of two levels."""
+    if spec.outer is not None:
+        if spec.outer != "tensor":
+            return None, None
+        parts = _outer(x, spec, code(spec.code), input_scale, scope), None
+    elif spec.granularity.kind == "tensor":
+        parts = _scale_zero(x, spec, code(spec.code), input_scale, input_zero, scope)
+    else:
+        return None, None
+    return tuple(None if part is None else jnp.broadcast_to(part, (*x.shape[:-1], 1)).reshape(-1, 1) for part in parts)
 
 
 def _reordered(x, perm, owner):
@@ -94,9 +156,8 @@ def side(spec: ActivationSpec | None, w: QTensor, x: tuple, scope: int, how: int
     own = x[:, None, :] if owner is not None else x
     scales = (w.input_scale, w.input_zero) if owner is None else expert
     scope = scope if owner is None else 1
-    if how == GIVEN:
-        scale, zero = _scale_zero(own.astype(jnp.float32), spec, code(spec.code), *scales, scope)
-        scale, zero = (None if part is None else jnp.broadcast_to(part, (*own.shape[:-1], 1)).reshape(-1, 1) for part in (scale, zero))
+    if how in (GIVEN, FLOAT):
+        scale, zero = given(own.astype(jnp.float32), spec, *scales, scope)
         return Side(_reordered(x, w.perm, owner).reshape(-1, columns), scale, zero)
     q = quantize_rows(own, spec, *scales, scope)
     if owner is not None:

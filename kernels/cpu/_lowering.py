@@ -9,16 +9,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfunc._activation import _scale_zero
 from qfunc._codes import code
 
 from .. import _reference
 from .._dispatch import Call
 from . import _library
-from ._activation import CODES, GIVEN, GROUP, NONE, TOKEN, Side, bounds, group_of, is_integer, mode, outliers, side
-from ._operands import FLOATS, refusal, weight_operands
+from ._activation import (
+    CODES,
+    FLOAT,
+    GIVEN,
+    GROUP,
+    NO_FLOAT,
+    NONE,
+    TOKEN,
+    Side,
+    bounds,
+    float_attributes,
+    given,
+    group_of,
+    is_integer,
+    lowest,
+    mode,
+    outliers,
+    side,
+)
+from ._operands import FLOATS, GGML, refusal, weight_operands
 
 SMALL = ("smooth", "perm", "input_scale", "input_zero")
 """Leaves that belong to the activation's side."""
+
+ANY = 1 << 40
+"""A limit of int32 sums where there are none."""
 
 
 def supports(call: Call, platform: str) -> str | None:
@@ -31,10 +53,9 @@ def supports(call: Call, platform: str) -> str | None:
 
 def _supports_quantize(call: Call) -> str | None:
     spec = call.spec
-    if not code(spec.code).integer or spec.zero is not None or spec.rounding != "rne" or spec.scale_rule != "amax":
+    integer = spec.rounding == "rne" and spec.scale_dtype == "float32" and (spec.granularity.kind == "tensor" or spec.zero is None and spec.scale_rule == "amax")
+    if not integer if code(spec.code).integer else float_attributes(spec) is None:
         return f"activations in {spec.code} with these rules are quantized by XLA"
-    if spec.granularity.kind == "tensor":
-        return "one scale for the whole tensor is found by XLA"
     return _float_reason("x", call.x[0])
 
 
@@ -58,12 +79,18 @@ def _supports_matmul(call: Call) -> str | None:
     return None
 
 
+def _supports_take(call: Call) -> str | None:
+    if call.w.scheme.weight.code in GGML:
+        return "rows of ggml's blocks are decoded by XLA"
+    return refusal(call.w)
+
+
 def _float_reason(name: str, value) -> str | None:
     return None if str(np.dtype(value.dtype)) in FLOATS else f"{name} of type {value.dtype}"
 
 
 _SUPPORTS = {"quantized_matmul": _supports_matmul, "quantized_grouped_matmul": _supports_matmul,
-             "quantize_activation": _supports_quantize, "quantized_take": lambda call: refusal(call.w)}
+             "quantize_activation": _supports_quantize, "quantized_take": _supports_take}
 
 
 def _small(w):
@@ -141,29 +168,43 @@ def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out):
     count = int(np.prod(batch))
     leading = 1 if sizes is not None else count
     x = part.x.reshape(leading, -1, columns)
-    low, high = bounds(spec, w)
     operands, attributes = weight_operands(w)
+    limit = None if how in (NONE, FLOAT) else _reference._exact_terms(spec, w.scheme.weight)
     empty = jnp.zeros(0, jnp.float32)
     bias = empty if bias is None else bias.reshape(count, rows)
     y = jax.ffi.ffi_call("qfunc_matmul", jax.ShapeDtypeStruct((leading, x.shape[1], rows), out))(
-        x, part.scale if how in (CODES, GIVEN) else empty, empty if part.zero is None else part.zero, *operands, bias,
-        empty if sizes is None else sizes, **attributes, mode=np.int32(how), x_group=np.int64(group_of(spec, columns)),
-        clip=np.float32(spec.clip if spec is not None else 1), lowest=np.float32(low), highest=np.float32(high))
+        x, empty if part.scale is None else part.scale, empty if part.zero is None else part.zero, *operands, bias,
+        empty if sizes is None else sizes, **attributes,
+        **_activation_attributes(spec, how, columns, bounds(spec, w), limit))
     return y[0] if sizes is not None else y
 
 
+def _activation_attributes(spec, how: int, columns: int, bounds: tuple, limit: int | None) -> dict:
+    formats = float_attributes(spec) if how == FLOAT else NO_FLOAT
+    return dict(mode=np.int32(how), x_group=np.int64(group_of(spec, columns)), clip=np.float32(spec.clip if spec is not None else 1),
+                lowest=np.float32(bounds[0]), highest=np.float32(bounds[1]), limit=np.int64(limit or ANY), **formats)
+
+
 def quantize_activation(call: Call, x, *extra):
-    """`quantize_activation` of dynamic integer activations: [codes, scale]."""
-    spec, columns = call.spec, x.shape[-1]
-    group = group_of(spec, columns)
-    rows, steps = int(np.prod(x.shape[:-1])), -(-columns // group) if columns else 1
-    high = code(spec.code).highest
+    """`quantize_activation`: [codes, scale[, zero]], see `qfunc._activation.quantize_rows`."""
+    spec, columns, element = call.spec, x.shape[-1], code(call.spec.code)
+    steps = -(-columns // group_of(spec, columns)) if columns else 1
+    rows = int(np.prod(x.shape[:-1]))
+    per_tensor = spec.granularity.kind == "tensor"
+    how = FLOAT if not element.integer else GIVEN if per_tensor else GROUP if spec.granularity.kind == "group" else TOKEN
     empty = jnp.zeros(0, jnp.float32)
-    results = jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
-    codes, scale = jax.ffi.ffi_call("qfunc_quantize", results)(
-        x.reshape(rows, columns), empty, empty, mode=np.int32(GROUP if spec.granularity.kind == "group" else TOKEN),
-        x_group=np.int64(group), clip=np.float32(spec.clip), lowest=np.float32(-high), highest=np.float32(high))
-    return [codes.reshape(x.shape), scale.reshape(*x.shape[:-1], steps)]
+    calibrated = (*extra, None, None)[:2]
+    scale, zero = given(x.astype(jnp.float32), spec, *calibrated, call.scope)
+    results = jax.ShapeDtypeStruct((rows, columns), jnp.int8 if element.integer else element.dtype), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
+    bounds = (lowest(spec) if element.integer else -element.highest, element.highest)
+    codes, found = jax.ffi.ffi_call("qfunc_quantize", results)(
+        x.reshape(rows, columns), empty if scale is None else scale, empty if zero is None else zero,
+        **_activation_attributes(spec, how, columns, bounds, None))
+    codes = codes.reshape(x.shape)
+    if per_tensor:
+        parts = _scale_zero(x.astype(jnp.float32), spec, element, *calibrated, call.scope)
+        return [codes, *(part for part in parts if part is not None)]
+    return [codes, found.reshape(*x.shape[:-1], steps)]
 
 
 def take(call: Call, ids, *leaves):

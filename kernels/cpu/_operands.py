@@ -10,10 +10,13 @@ import numpy as np
 
 from qfunc._codec import dynamic_map
 from qfunc._codes import CODES, code
+from qfunc._ggml import block_type
 from qfunc._qtensor import QTensor
 
 CODE = {"int8": 0, "uint8": 1, "packed": 2, "fp4_e2m1": 3, "nf4": 3, "fp4_bnb": 3,
         "fp6_e2m3": 4, "fp6_e3m2": 5, "fp8_e4m3": 6, "fp8_e5m2": 7}
+GGML = {f"gguf:{name}": 8 for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")}
+"""ggml's types with a native decoder, and their place in the handlers' enumeration."""
 """Element code to the handlers' enumeration; narrow integers are `packed`."""
 SCALE = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4, "e8m0": 5, "nested": 7}
 ZERO = {None: 0, "int": 1, "float": 2}
@@ -33,6 +36,10 @@ def refusal(w: QTensor) -> str | None:
     spec = w.scheme.weight
     if w.layout != "canonical":
         return f"the weight is laid out for {w.layout}"
+    if 0 in w.matrix_shape:
+        return "an empty weight"
+    if spec.code in GGML:
+        return None
     if spec.code not in CODES:
         return f"there is no native decoder of {spec.code}"
     if scale_kind(w) not in SCALE:
@@ -41,10 +48,6 @@ def refusal(w: QTensor) -> str | None:
         return f"zero points of type {w.zero.dtype}"
     if w.zero is not None and spec.zero == "float" and w.zero.dtype != w.scale.dtype:
         return "float zero points of another type than the scales"
-    if spec.scale_rule == "mx_dual":
-        return "outer scales along the inputs"
-    if 0 in w.matrix_shape:
-        return "an empty weight"
     return None
 
 
@@ -63,9 +66,12 @@ def three(leaf, count: int):
 
 def weight_operands(w: QTensor) -> tuple[list, dict]:
     """(operands from `codes` to `table`, attributes) of a weight in the canonical layout."""
-    spec, element = w.scheme.weight, code(w.scheme.weight.code)
+    spec = w.scheme.weight
     *batch, columns, _ = w.matrix_shape
     count = int(np.prod(batch))
+    if spec.code in GGML:
+        return _ggml_operands(w, count, columns)
+    element = code(spec.code)
     kind, granularity = scale_kind(w), spec.granularity
     nested, byte = kind == "nested", element.name in ("int8", "uint8")
     tabled = CODE.get(element.name, 2) in (3, 4, 5)
@@ -82,3 +88,12 @@ def weight_operands(w: QTensor) -> tuple[list, dict]:
         group=np.int64(granularity.size if granularity.kind in ("group", "block") else columns),
         share=np.int64({"tensor": 0, "block": granularity.out}.get(granularity.kind, 1)))
     return operands, attributes
+
+
+def _ggml_operands(w: QTensor, count: int, columns: int) -> tuple[list, dict]:
+    """Blocks of ggml hold their scales: the one beside them is 1."""
+    absent, empty = three(None, count), jnp.zeros(0, jnp.float32)
+    operands = [three(w.codes, count), jnp.ones((count, 1, 1), jnp.float32), absent, absent, empty, empty, empty]
+    name = w.scheme.weight.code
+    whole = dict(code=GGML[name], bits=block_type(name.removeprefix("gguf:")).id, offset=0, scale_type=SCALE["float32"], zero_kind=ZERO[None])
+    return operands, {**{key: np.int32(value) for key, value in whole.items()}, "group": np.int64(columns), "share": np.int64(0)}

@@ -18,7 +18,7 @@ for source in ../src/matmul.cc ../src/select.cc ../src/isa_generic.cc standalone
 case $("$compiler" -dumpmachine) in
 x86_64*)
   unit ../src/isa_avx2.cc -mavx2 -mfma -mf16c "$@"
-  for source in isa_avx512 isa_avx512_stream isa_avx512_tile; do
+  for source in isa_avx512 isa_avx512_stream isa_avx512_stream_int isa_avx512_tile isa_avx512_tile_int; do
     unit ../src/$source.cc -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512 "$@"
   done ;;
 aarch64*)

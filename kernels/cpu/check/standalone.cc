@@ -159,6 +159,7 @@ void fill(const Problem& p, Data& d) {
   d.a.clip = 1;
   d.a.lowest = -127;
   d.a.highest = 127;
+  d.a.limit = 131071;
 }
 
 double error_of(const Problem& p, const Data& d) {

@@ -167,6 +167,18 @@ struct DecodeFloat8 {
   }
 };
 
+// ggml's blocks are decoded by plain loops, their own scales included, and read again from the first-level cache.
+struct DecodeGgml {
+  static constexpr bool natural = true;
+  static constexpr int bytes_per_block = 0;
+  const Weight* w;
+  alignas(64) float values[kBlock];
+  explicit DecodeGgml(const Weight& weight) : w(&weight) {}
+  inline void load_block(const uint8_t* row, int64_t b) { ggml_block(*w, row, b, values); }
+  template <int V>
+  inline __m512 vec() const { return _mm512_load_ps(values + 16 * V); }
+};
+
 inline const uint8_t* lanes_order() {
   static const struct Order {
     uint8_t at[128];

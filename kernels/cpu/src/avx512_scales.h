@@ -18,6 +18,13 @@ inline const uint8_t* block_at(const Weight& w, const uint8_t* row, int64_t b, u
   return p;
 }
 
+// Block b of a row into a decoder.
+template <class Decode>
+inline void load_block(Decode& decode, const Weight& w, const uint8_t* row, int64_t b, uint8_t* tail) {
+  if constexpr (Decode::bytes_per_block == 0) decode.load_block(row, b);
+  else decode.load(block_at<Decode::bytes_per_block>(w, row, b, tail));
+}
+
 // Scales of a row are kept with a vector of zeros behind them, so that a block at the edge can load past the last.
 inline int64_t scales_stride(const Weight& w) { return (w.segments + 31) / 16 * 16; }
 inline void end_scales(const Weight& w, float* s) {
@@ -91,6 +98,7 @@ inline void with_decoder(const Weight& w, F&& f) {
     case Code::E5M2: return f(static_cast<DecodeFloat8<false>*>(nullptr));
     case Code::E2M3: case Code::E3M2: return f(static_cast<DecodeFloat6*>(nullptr));
     case Code::Table4: return f(static_cast<DecodeTable<4>*>(nullptr));
+    case Code::Ggml: return f(static_cast<DecodeGgml*>(nullptr));
     case Code::Packed: break;
   }
   switch (w.bits) {

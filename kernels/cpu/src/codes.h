@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "scales.h"
+#include "ggml.h"
 
 namespace qfunc {
 namespace {
@@ -50,6 +50,7 @@ inline void block_bytes(const Weight& w, const uint8_t* row, int64_t b, uint8_t*
 
 // The 128 values of block `b`, before scales.
 inline void block_values(const Weight& w, const uint8_t* row, int64_t b, float* __restrict__ out) {
+  if (w.code == Code::Ggml) return ggml_block(w, row, b, out);
   alignas(64) uint8_t code[kBlock];
   block_bytes(w, row, b, code);
   switch (w.code) {
@@ -61,6 +62,7 @@ inline void block_values(const Weight& w, const uint8_t* row, int64_t b, float* 
       for (int j = 0; j < kBlock; ++j) out[j] = from_bits(to_bits(w.table[code[j] & 31]) | (static_cast<uint32_t>(code[j] & 32) << 26));
       break;
     case Code::E4M3: for (int j = 0; j < kBlock; ++j) out[j] = e4m3(code[j]); break;
+    case Code::Ggml: break;
     case Code::E5M2: for (int j = 0; j < kBlock; ++j) out[j] = e5m2(code[j]); break;
   }
 }

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "ggml.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -18,6 +19,8 @@ using ffi::Error;
 Error refuse(const std::string& what) { return Error::InvalidArgument("qfunc native kernel: " + what); }
 
 int64_t width_of(DataType type) { return static_cast<int64_t>(ffi::ByteWidth(type)); }
+
+constexpr int64_t kSpan = 512;
 
 // An operand that is not there is an array without elements.
 bool present(const AnyBuffer& b) { return b.element_count() != 0; }
@@ -49,6 +52,49 @@ Pool pool_of(ffi::ThreadPool& threads) {
   return pool;
 }
 
+struct ActivationAttributes {
+  int32_t mode;
+  int64_t group;
+  float clip, lowest, highest;
+  int64_t limit;
+  int32_t rule, mantissa, exponent, sign, bump, emax;
+  float divisor;
+};
+
+// x [rows, k] with what is known of its scales beforehand.
+Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffer& zero, int64_t rows, int64_t k, const ActivationAttributes& at,
+                      Activation& a) {
+  if (at.mode < 0 || at.mode > static_cast<int32_t>(Quantize::Float) || at.group < 1 || at.limit < kBlock) return refuse("unknown activation");
+  a.x = x.untyped_data();
+  a.type = number_of(x.element_type());
+  a.mode = static_cast<Quantize>(at.mode);
+  a.group = at.group;
+  a.clip = at.clip;
+  a.lowest = at.lowest;
+  a.highest = at.highest;
+  a.limit = at.limit;
+  const bool codes = a.mode == Quantize::Codes;
+  if (codes ? x.element_type() != DataType::S8 : !is_float(a.type)) return refuse("x has an unexpected type");
+  if (a.mode == Quantize::Float) {
+    const bool known = at.rule >= 0 && at.rule <= static_cast<int32_t>(Rule::Given) && at.mantissa >= 1 && at.mantissa <= 3 && at.sign >= 3 && at.sign <= 7 &&
+                       at.exponent >= -14 && at.exponent <= 0;
+    if (!known) return refuse("unknown activation format");
+    a.format = {at.mantissa, at.exponent, at.highest, at.sign, static_cast<Rule>(at.rule), at.divisor, at.bump, at.emax};
+    if (a.format.rule == Rule::Given && !present(scale)) return refuse("a given scale is missing");
+  }
+  if (codes || a.mode == Quantize::Given || present(scale)) {
+    const int64_t steps = codes && at.group < k ? (k + at.group - 1) / at.group : 1;
+    if (static_cast<int64_t>(scale.element_count()) != rows * steps || scale.element_type() != DataType::F32) return refuse("x_scale does not match x");
+    a.scale = static_cast<const float*>(scale.untyped_data());
+    a.scale_step = steps;
+  }
+  if (present(zero)) {
+    if (static_cast<int64_t>(zero.element_count()) != rows || zero.element_type() != DataType::S32) return refuse("x_zero does not match x");
+    a.zero = static_cast<const int32_t*>(zero.untyped_data());
+  }
+  return Error::Success();
+}
+
 struct WeightAttributes {
   int32_t code, bits, offset, scale_type, zero_kind;
   int64_t group, share;
@@ -68,8 +114,8 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
   w.n = n;
   w.k = k;
   w.row_bytes = c[2];
-  const int64_t bytes = w.packed() ? (k + kBlock - 1) / kBlock * 16 * at.bits : k;
-  if (at.code < 0 || at.code > static_cast<int32_t>(Code::E5M2) || at.bits < 2 || at.bits > 8) return refuse("unknown weight code");
+  if (at.code < 0 || at.code > static_cast<int32_t>(Code::Ggml) || at.bits < 2 || at.bits > (w.code == Code::Ggml ? 64 : 8)) return refuse("unknown weight code");
+  const int64_t bytes = w.code == Code::Ggml ? ggml_row_bytes(at.bits, k) : w.packed() ? (k + kBlock - 1) / kBlock * 16 * at.bits : k;
   if (c[1] != n || c[2] != bytes) return refuse("codes do not have the shape of the product");
   out.count = c[0];
   out.code_bytes = c[1] * c[2];
@@ -93,8 +139,11 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
     if (o.size() != 3 || o[0] != out.count || outer.element_type() != DataType::F32) return refuse("outer scale must be float32 [W, ...]");
     w.outer = static_cast<const float*>(outer.untyped_data());
     out.outer_items = o[1] * o[2];
-    w.outer_step = o[1] > 1 ? 1 : 0;
-    const bool fits = w.scale_type == Number::Nested ? o[1] * o[2] >= (outs * s[2] + 255) / 256 : o[2] == 1 && (o[1] == 1 || o[1] == outs);
+    w.outer_step = o[1] > 1 || o[2] > 1 ? o[2] : 0;
+    // Below one row of them may lie spans of 512 codes (two levels of powers of two), else all of a row.
+    const bool nested = w.scale_type == Number::Nested, spans = !nested && o[2] > 1;
+    if (spans) w.outer_span = kSpan / at.group;
+    const bool fits = nested ? o[1] * o[2] >= (outs * s[2] + 255) / 256 : (o[1] == 1 || o[1] == outs) && (!spans || (kSpan % at.group == 0 && o[1] == outs && o[2] == (k + kSpan - 1) / kSpan));
     if (!fits) return refuse("outer scale does not have the shape of its level");
   }
   if (w.scale_type == Number::Nested) {
@@ -119,7 +168,8 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
 Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer x_zero, AnyBuffer codes, AnyBuffer scale, AnyBuffer outer,
              AnyBuffer zero, AnyBuffer mean, AnyBuffer map, AnyBuffer table, AnyBuffer bias, AnyBuffer sizes, ffi::Result<AnyBuffer> y,
              int32_t code, int32_t bits, int32_t offset, int32_t scale_type, int32_t zero_kind, int64_t group, int64_t share, int32_t mode,
-             int64_t x_group, float clip, float lowest, float highest) {
+             int64_t x_group, float clip, float lowest, float highest, int64_t limit, int32_t rule, int32_t mantissa, int32_t exponent, int32_t sign,
+             int32_t bump, int32_t emax, float divisor) {
   Error error = Error::Success();
   const Kernels* kernels = kernels_or(error);
   if (!kernels) return error;
@@ -133,28 +183,11 @@ Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer 
   if (error.failure()) return error;
 
   Activation a{};
-  a.x = x.untyped_data();
-  a.mode = static_cast<Quantize>(mode);
-  a.group = x_group;
-  a.clip = clip;
-  a.lowest = lowest;
-  a.highest = highest;
-  a.type = number_of(x.element_type());
-  const bool codes_given = a.mode == Quantize::Codes;
-  if (codes_given ? x.element_type() != DataType::S8 : !is_float(a.type)) return refuse("x has an unexpected type");
-  if (codes_given || a.mode == Quantize::Given) {
-    const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
-    if (static_cast<int64_t>(x_scale.element_count()) != batch * rows * steps || x_scale.element_type() != DataType::F32) return refuse("x_scale does not match x");
-    a.scale = static_cast<const float*>(x_scale.untyped_data());
-    a.scale_step = steps;
-  }
-  if (present(x_zero)) {
-    if (static_cast<int64_t>(x_zero.element_count()) != batch * rows || x_zero.element_type() != DataType::S32) return refuse("x_zero does not match x");
-    a.zero = static_cast<const int32_t*>(x_zero.untyped_data());
-  }
-  if (a.mode != Quantize::None && matrices.first.code > Code::Packed) return refuse("integer products need integer codes");
+  error = read_activation(x, x_scale, x_zero, batch * rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor}, a);
+  if (error.failure()) return error;
+  if (a.integer() && matrices.first.code > Code::Packed) return refuse("integer products need integer codes");
   const int64_t weight_segment = group < k ? group : 0, x_segment = x_group < k ? x_group : 0;
-  if (a.mode != Quantize::None && (weight_segment % 4 || x_segment % 4)) return refuse("integer segments must be multiples of 4");
+  if (a.integer() && (weight_segment % 4 || x_segment % 4)) return refuse("integer segments must be multiples of 4");
 
   if (present(bias)) {
     matrices.bias = bias.untyped_data();
@@ -203,35 +236,25 @@ Error take_rows(ffi::ThreadPool threads, ffi::Buffer<DataType::S32> ids, AnyBuff
   return Error::Success();
 }
 
-Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer x_zero, ffi::ResultBuffer<DataType::S8> codes,
-                    ffi::ResultBuffer<DataType::F32> scale, int32_t mode, int64_t x_group, float clip, float lowest, float highest) {
+Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer x_zero, ffi::Result<AnyBuffer> codes,
+                    ffi::ResultBuffer<DataType::F32> scale, int32_t mode, int64_t x_group, float clip, float lowest, float highest, int64_t limit,
+                    int32_t rule, int32_t mantissa, int32_t exponent, int32_t sign, int32_t bump, int32_t emax, float divisor) {
   Error error = Error::Success();
   const Kernels* kernels = kernels_or(error);
   if (!kernels) return error;
   const auto xd = x.dimensions();
-  if (xd.size() != 2 || x_group < 1) return refuse("x must be [M, K]");
+  if (xd.size() != 2) return refuse("x must be [M, K]");
   const int64_t rows = xd[0], k = xd[1];
-  Activation a{};
-  a.x = x.untyped_data();
-  a.type = number_of(x.element_type());
-  a.mode = static_cast<Quantize>(mode);
-  a.group = x_group;
-  a.clip = clip;
-  a.lowest = lowest;
-  a.highest = highest;
-  const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
-  if (!is_float(a.type) || codes->element_count() != x.element_count() || static_cast<int64_t>(scale->element_count()) != rows * steps)
-    return refuse("codes and scale do not match x");
-  if (a.mode == Quantize::Given) {
-    if (steps != 1 || static_cast<int64_t>(x_scale.element_count()) != rows || x_scale.element_type() != DataType::F32) return refuse("x_scale does not match x");
-    a.scale = static_cast<const float*>(x_scale.untyped_data());
-  }
-  if (present(x_zero)) {
-    if (static_cast<int64_t>(x_zero.element_count()) != rows || x_zero.element_type() != DataType::S32) return refuse("x_zero does not match x");
-    a.zero = static_cast<const int32_t*>(x_zero.untyped_data());
-  }
   if (x.element_count() == 0) return Error::Success();
-  quantize(*kernels, pool_of(threads), a, rows, k, codes->typed_data(), scale->typed_data());
+  Activation a{};
+  error = read_activation(x, x_scale, x_zero, rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor}, a);
+  if (error.failure()) return error;
+  if (a.mode == Quantize::None || a.mode == Quantize::Codes) return refuse("there is nothing to quantize");
+  const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
+  if (a.mode == Quantize::Given && steps != 1) return refuse("x_scale does not match x");
+  if (codes->element_count() != x.element_count() || width_of(codes->element_type()) != 1 || static_cast<int64_t>(scale->element_count()) != rows * steps)
+    return refuse("codes and scale do not match x");
+  quantize(*kernels, pool_of(threads), a, rows, k, codes->untyped_data(), scale->typed_data());
   return Error::Success();
 }
 
@@ -241,7 +264,9 @@ Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, Any
 #define QFUNC_EXPORT __attribute__((visibility("default")))
 #define QFUNC_WEIGHT_ATTRIBUTES \
   .Attr<int32_t>("code").Attr<int32_t>("bits").Attr<int32_t>("offset").Attr<int32_t>("scale_type").Attr<int32_t>("zero_kind").Attr<int64_t>("group").Attr<int64_t>("share")
-#define QFUNC_X_ATTRIBUTES .Attr<int32_t>("mode").Attr<int64_t>("x_group").Attr<float>("clip").Attr<float>("lowest").Attr<float>("highest")
+#define QFUNC_X_ATTRIBUTES .Attr<int32_t>("mode").Attr<int64_t>("x_group").Attr<float>("clip").Attr<float>("lowest").Attr<float>("highest") \
+  .Attr<int64_t>("limit").Attr<int32_t>("rule").Attr<int32_t>("mantissa").Attr<int32_t>("exponent").Attr<int32_t>("sign").Attr<int32_t>("bump").Attr<int32_t>("emax") \
+  .Attr<float>("divisor")
 #define QFUNC_ANY .Arg<xla::ffi::AnyBuffer>()
 
 extern "C" QFUNC_EXPORT XLA_FFI_Error* qfunc_matmul(XLA_FFI_CallFrame*);
@@ -258,7 +283,7 @@ XLA_FFI_Error* qfunc_take(XLA_FFI_CallFrame* frame) { return take_handler(frame)
 
 extern "C" QFUNC_EXPORT XLA_FFI_Error* qfunc_quantize(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER(quantize_handler, qfunc::quantize_rows,
-                       xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>() QFUNC_ANY QFUNC_ANY QFUNC_ANY.Ret<xla::ffi::Buffer<xla::ffi::DataType::S8>>()
+                       xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>() QFUNC_ANY QFUNC_ANY QFUNC_ANY.Ret<xla::ffi::AnyBuffer>()
                            .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>() QFUNC_X_ATTRIBUTES);
 XLA_FFI_Error* qfunc_quantize(XLA_FFI_CallFrame* frame) { return quantize_handler(frame); }
 
@@ -266,4 +291,11 @@ XLA_FFI_Error* qfunc_quantize(XLA_FFI_CallFrame* frame) { return quantize_handle
 extern "C" QFUNC_EXPORT const char* qfunc_isa(const char** error) {
   const qfunc::Kernels* kernels = qfunc::select_kernels(error);
   return kernels ? kernels->name : nullptr;
+}
+
+// Multiply-adds done; see Kernels::peak.
+extern "C" QFUNC_EXPORT double qfunc_peak(int integer, int64_t rounds) {
+  const char* error = nullptr;
+  const qfunc::Kernels* kernels = qfunc::select_kernels(&error);
+  return kernels ? kernels->peak(integer != 0, rounds) : 0.0;
 }

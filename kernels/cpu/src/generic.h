@@ -251,6 +251,26 @@ inline void panel(const T* rows, int64_t count, int64_t steps, int64_t width, T*
   for (int64_t m = 0; m < width; ++m)
     for (int64_t k = 0; k < steps; ++k) out[k * width + m] = m < count ? rows[m * steps + k] : T{};
 }
+double peak(bool integer, int64_t rounds) {
+  alignas(64) static const uint8_t bytes[64] = {1, 2, 3};
+  alignas(64) static const float floats[16] = {1.0f, 0.5f};
+  Floats sums[12] = {};
+  Ints counts[12] = {};
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" ::: "memory");  // nothing is known to stay the same from round to round
+    const Bytes w = loadb(bytes), x = loadb(bytes);
+    const Floats a = load(floats), b = load(floats);
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) {
+      if (integer) counts[j] = dot4(counts[j], w, x);
+      else sums[j] += a * b;
+    }
+  }
+  volatile float sink = 0;
+  for (int j = 0; j < 12; ++j) sink = sink + total(sums[j]) + static_cast<float>(total(counts[j]));
+  return static_cast<double>(rounds) * 12 * kLanes * (integer ? 4 : 1);
+}
+
 void panel_f32(const float* rows, int64_t count, int64_t kp, int64_t width, float* out) { panel(rows, count, kp, width, out); }
 void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8_t* out) {
   panel(reinterpret_cast<const int32_t*>(rows), count, kp / 4, width, reinterpret_cast<int32_t*>(out));
@@ -260,6 +280,6 @@ void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8
 
 #define QFUNC_GENERIC_KERNELS(variable, label)                                                                                     \
   extern const Kernels variable;                                                                                                   \
-  const Kernels variable = {label, kWidth, kWidth, 4, 4, 1, kTile, natural_order, stream_ok, float_stream, float_tile, int_stream,      \
-                            int_tile, dequantize_row, quantize_row, convert_numbers, panel_f32, panel_i8};
+  const Kernels variable = {label, 0, kWidth, kWidth, 4, 4, 1, kTile, natural_order, stream_ok, float_stream, float_tile, int_stream,      \
+                            int_tile, dequantize_row, quantize_row, quantize_floats, convert_numbers, panel_f32, panel_i8, peak};
 }  // namespace qfunc

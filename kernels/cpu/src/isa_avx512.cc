@@ -10,7 +10,17 @@ namespace {
 
 const uint8_t* packed_order(const Weight& w) { return w.packed() ? lanes_order() : nullptr; }
 
+constexpr int64_t kPairs = 8;
+
 void panel_f32(const float* rows, int64_t count, int64_t kp, int64_t width, float* out) {
+  if (width == kPairs) {
+    for (int64_t m = 0; m < kPairs; ++m)
+      for (int64_t k = 0; k < kp; k += 2) {
+        if (m < count) std::memcpy(out + k * kPairs + 2 * m, rows + m * kp + k, 8);
+        else std::memset(out + k * kPairs + 2 * m, 0, 8);
+      }
+    return;
+  }
   for (int64_t m = 0; m < width; m += 16)
     for (int64_t k = 0; k < kp; k += 16) {
       __m512 v[16];
@@ -24,9 +34,33 @@ void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8
   panel_f32(reinterpret_cast<const float*>(rows), count, kp / 4, width, reinterpret_cast<float*>(out));
 }
 
+double peak(bool integer, int64_t rounds) {
+  alignas(64) static const int32_t numbers[16] = {1, 2, 3};
+  __m512i counts[12];
+  __m512 sums[12];
+#pragma GCC unroll 12
+  for (int j = 0; j < 12; ++j) counts[j] = _mm512_setzero_si512(), sums[j] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" ::: "memory");  // nothing is known to stay the same from round to round
+    const __m512i v = _mm512_load_si512(numbers);
+    const __m512 f = _mm512_castsi512_ps(v);
+    if (integer) {
+#pragma GCC unroll 12
+      for (int j = 0; j < 12; ++j) counts[j] = _mm512_dpbusd_epi32(counts[j], v, v);
+    } else {
+#pragma GCC unroll 12
+      for (int j = 0; j < 12; ++j) sums[j] = _mm512_fmadd_ps(f, f, sums[j]);
+    }
+  }
+  volatile float sink = 0;
+#pragma GCC unroll 12
+  for (int j = 0; j < 12; ++j) sink = sink + _mm512_reduce_add_ps(sums[j]) + static_cast<float>(_mm512_reduce_add_epi32(counts[j]));
+  return static_cast<double>(rounds) * 12 * 16 * (integer ? 4 : 1);
+}
+
 }  // namespace
 
 extern const Kernels kernels_avx512;
-const Kernels kernels_avx512 = {"avx512", 16, 32, 4, 8, 16, 48, packed_order, avx512::int_stream_ok, avx512::float_stream,
-                                avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, convert_numbers, panel_f32, panel_i8};
+const Kernels kernels_avx512 = {"avx512", kPairs, 16, 32, 4, 8, 16, 12, packed_order, avx512::int_stream_ok, avx512::float_stream,
+                                avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, quantize_floats, convert_numbers, panel_f32, panel_i8, peak};
 }  // namespace qfunc

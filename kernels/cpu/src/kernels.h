@@ -6,6 +6,7 @@ namespace qfunc {
 
 struct Kernels {
   const char* name;
+  int64_t pairs;           // float panels of so many rows hold two neighbours of K side by side, [kp / 2, pairs, 2]; 0: there are none
   int64_t narrow, wide;    // rows of x in a panel: for few rows, for many
   int64_t float_rows;      // up to so many rows, the decode path of float products is faster
   int64_t int_rows;        // the same for integer products
@@ -23,10 +24,15 @@ struct Kernels {
   // codes = clip(rint(x / s) + zero) of one row; `dynamic`: s = clip * amax / highest first, one for every `group` codes.
   void (*quantize_row)(const float* x, int64_t k, int64_t group, bool dynamic, float clip, float lowest, float highest, const int32_t* zero,
                        float* scale, int8_t* codes);
+  // The same for a small float format; `given` as `Activation::scale`. Codes, scales and values may each be null; values may be x.
+  void (*quantize_floats)(const float* x, int64_t k, int64_t group, const FloatFormat& format, float clip, const float* given, float* scale,
+                          uint8_t* codes, float* values);
   void (*to_f32)(const void* from, Number type, int64_t start, int64_t count, float* out);
   // Rows of float32 [kp] into a panel [kp, width] / of codes into [kp / 4, width, 4].
   void (*panel_f32)(const float* rows, int64_t count, int64_t kp, int64_t width, float* out);
   void (*panel_i8)(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8_t* out);
+  // Multiply-adds done in so many rounds of the kernels' own instruction from registers: what a benchmark divides by.
+  double (*peak)(bool integer, int64_t rounds);
 };
 
 extern const Kernels kernels_generic;

@@ -42,7 +42,8 @@ class Layout {
 int64_t common_segment(const Weight& w, const Activation& a) {
   const int64_t weight = w.group < w.k ? w.group : 0, activation = a.group < w.k ? a.group : 0;
   const int64_t both = std::gcd(weight, activation);
-  return both == 0 ? w.k : both;
+  // Where nothing divides K, sums that int32 cannot hold are cut, on a border that the packed codes have too.
+  return both ? both : std::min(w.k, a.limit / kBlock * kBlock);
 }
 
 struct Job {
@@ -89,6 +90,8 @@ struct Job {
   void float_row(int64_t row, const uint8_t* order, float* wide, float* out) const {
     float* to = order ? wide : out;
     kernels.to_f32(a.x, a.type, row * k, k, to);
+    if (a.mode == Quantize::Float)
+      kernels.quantize_floats(to, k, std::min(a.group, k), a.format, a.clip, a.scale ? a.scale + row : nullptr, nullptr, nullptr, to);
     std::fill(to + k, to + kp, 0.0f);
     if (order)
       for (int64_t b = 0; b < kp; b += kBlock)
@@ -97,7 +100,7 @@ struct Job {
 
   // One panel (prefill) or all rows (decode) of a slice.
   void pack(const Plan& p, int64_t first) const {
-    const bool integer = a.mode != Quantize::None;
+    const bool integer = a.integer();
     const int64_t count = std::min(p.slice.rows - first, p.width);
     thread_local Scratch row_scratch, wide_scratch;
     float* wide = wide_scratch.get<float>(static_cast<size_t>(kp));
@@ -130,7 +133,7 @@ struct Job {
 
   Product product(const Plan& p, const Matrices& matrices, void* y, Number y_type) const {
     Product out{};
-    const bool integer = a.mode != Quantize::None;
+    const bool integer = a.integer();
     out.w = &p.w;
     out.x.f32 = integer ? nullptr : at<float>(p.data);
     out.x.i8 = integer ? at<int8_t>(p.data) : nullptr;
@@ -166,7 +169,7 @@ Weight Matrices::at(int64_t i) const {
 void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices, const Activation& a, const std::vector<Slice>& slices,
               void* y, Number y_type) {
   const Weight& shape = matrices.first;
-  const bool integer = a.mode != Quantize::None;
+  const bool integer = a.integer();
   const int64_t kp = round_up(shape.k, kBlock), segment = integer ? common_segment(shape, a) : shape.k;
   Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, integer && a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr};
 
@@ -184,7 +187,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     if (p.stream)
       for (p.width = 1; p.width < slice.rows;) p.width *= 2;
     else
-      p.width = slice.rows <= kernels.narrow ? kernels.narrow : kernels.wide;
+      p.width = !integer && slice.rows <= kernels.pairs ? kernels.pairs : slice.rows <= kernels.narrow ? kernels.narrow : kernels.wide;
     p.padded = round_up(slice.rows, p.width);
     p.data = layout.add(p.padded * kp * (integer ? 1 : 4));
     p.sums = layout.add(integer ? p.padded * job.segments * (p.stream ? kernels.sum_lanes : 1) * 4 : 0);
@@ -234,7 +237,7 @@ void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32
   });
 }
 
-void quantize(const Kernels& kernels, const Pool& pool, const Activation& a, int64_t rows, int64_t k, int8_t* codes, float* scale) {
+void quantize(const Kernels& kernels, const Pool& pool, const Activation& a, int64_t rows, int64_t k, void* codes, float* scale) {
   const int64_t group = std::min(a.group, k), steps = (k + group - 1) / group, chunk = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(k, 1));
   parallel_for(pool, (rows + chunk - 1) / chunk, [&](int64_t t) {
     thread_local Scratch wide;
@@ -245,8 +248,13 @@ void quantize(const Kernels& kernels, const Pool& pool, const Activation& a, int
         kernels.to_f32(a.x, a.type, i * k, k, own);
         x = own;
       }
+      if (a.mode == Quantize::Float) {
+        kernels.quantize_floats(x, k, group, a.format, a.clip, a.scale ? a.scale + i : nullptr, scale + i * steps, static_cast<uint8_t*>(codes) + i * k, nullptr);
+        continue;
+      }
       if (a.mode == Quantize::Given) scale[i * steps] = a.scale[i];
-      kernels.quantize_row(x, k, group, a.mode != Quantize::Given, a.clip, a.lowest, a.highest, a.zero ? a.zero + i : nullptr, scale + i * steps, codes + i * k);
+      kernels.quantize_row(x, k, group, a.mode != Quantize::Given, a.clip, a.lowest, a.highest, a.zero ? a.zero + i : nullptr, scale + i * steps,
+                           static_cast<int8_t*>(codes) + i * k);
     }
   });
 }

@@ -23,11 +23,14 @@ struct Activation {
   const void* x;  // [rows, k], of `type`; int8 codes where mode is Codes
   Number type;
   Quantize mode;
-  const float* scale;   // [rows, scale_step] for Codes, [rows] for Given
+  const float* scale;   // [rows, scale_step] for Codes, [rows] for Given; [rows] or null for Float: what Rule::Given or TwoLevel start from
   const int32_t* zero;  // [rows] or null
   int64_t scale_step;
   int64_t group;        // codes under one activation scale
   float clip, lowest, highest;
+  FloatFormat format;   // for Float
+  int64_t limit;        // products of codes that an int32 sum can hold
+  bool integer() const { return mode != Quantize::None && mode != Quantize::Float; }
 };
 
 // Rows [row, row + rows) of x meet matrix `matrix`.
@@ -41,7 +44,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
 // Rows `ids` of a matrix as float32 [ids, k]; every id is in [0, n).
 void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32_t* ids, int64_t count, float* out);
 
-// codes [rows, k] and scale [rows, ceil(k / group)] of x.
-void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, int8_t* codes, float* scale);
+// codes (a byte each) [rows, k] and scale [rows, ceil(k / group)] of x.
+void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, void* codes, float* scale);
 
 }  // namespace qfunc

@@ -7,12 +7,26 @@ namespace qfunc {
 
 constexpr int64_t kBlock = 128;  // codes of one packed block along K
 
-enum class Code : int32_t { Int8, UInt8, Packed, Table4, E2M3, E3M2, E4M3, E5M2 };
+enum class Code : int32_t { Int8, UInt8, Packed, Table4, E2M3, E3M2, E4M3, E5M2, Ggml };
 enum class Number : int32_t { None, F32, F16, BF16, E4M3, E8M0, UInt8, Nested };
 enum class Zero : int32_t { None, Int, Float };
 enum class Input : int32_t { F32, BF16, F16, Int8 };
 // Where an integer activation's codes and scales come from.
-enum class Quantize : int32_t { None, Codes, Token, Group, Given };
+// Float: codes of a small float format, whose values are multiplied in floating point.
+enum class Quantize : int32_t { None, Codes, Token, Group, Given, Float };
+// How the scale of a cell of a small float activation comes about.
+enum class Rule : int32_t { Amax, Power, TwoLevel, Given };
+
+// A small float format and its scales. Amax: s = clip amax / largest. Power (MX): s = 2^e, e the exponent field of amax / divisor after
+// `bump` is added to its bits, less `emax`. TwoLevel (NVFP4): s = e4m3(clip amax / largest / outer) outer.
+struct FloatFormat {
+  int32_t mantissa, exponent;  // bits of the mantissa, exponent of the smallest normal number
+  float largest;
+  int32_t sign;                // position of the sign bit in a code
+  Rule rule;
+  float divisor;
+  int32_t bump, emax;
+};
 
 // One matrix [N, K] as stored. Segment: `group` consecutive codes of a row that share a scale (all of K when per channel).
 struct Weight {
@@ -20,7 +34,7 @@ struct Weight {
   int64_t row_bytes;
   int64_t n, k;
   Code code;
-  int32_t bits;
+  int32_t bits;    // of Ggml: the number of its type
   int32_t offset;  // stored code of the value 0
   const float* table;  // values of 16 codes (Table4), or of the 32 magnitudes (E2M3, E3M2)
   const void* scale;
@@ -29,12 +43,13 @@ struct Weight {
   int64_t group;       // codes in a segment
   int64_t share;       // consecutive rows that share a row of scales; 0: all of them
   const float* outer;  // second level, or null
-  int64_t outer_step;  // 1: one per row, 0: one for all; blocks of 256 scales when Nested
+  int64_t outer_step;  // distance between the rows of outer, 0: one for all; blocks of 256 scales when Nested
+  int64_t outer_span;  // scales of a row under one of outer; 0: all of them
   float nested_mean;
   const float* nested_map;
   const void* zero;
   Zero zero_kind;
-  int64_t lowbits() const { return code == Code::Int8 || code == Code::UInt8 || code == Code::E4M3 || code == Code::E5M2 ? 8 : bits; }
+  int64_t lowbits() const { return code == Code::Int8 || code == Code::UInt8 || code >= Code::E4M3 ? 8 : bits; }
   bool packed() const { return lowbits() < 8; }
 };
 

@@ -117,8 +117,11 @@ inline void row_scales(const Weight& w, int64_t n, float* out) {
   }
   convert_numbers(w.scale, w.scale_type, start, w.segments, out);
   if (w.outer) {
-    const float outer = w.outer[w.outer_step * row];
-    for (int64_t i = 0; i < w.segments; ++i) out[i] *= outer;
+    const float* outer = w.outer + w.outer_step * row;
+    if (w.outer_span)
+      for (int64_t i = 0; i < w.segments; ++i) out[i] *= outer[i / w.outer_span];
+    else
+      for (int64_t i = 0; i < w.segments; ++i) out[i] *= outer[0];
   }
 }
 
