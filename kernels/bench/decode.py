@@ -20,9 +20,8 @@ import numpy as np
 import qfunc
 from qfunc.layers import decoder
 from qfunc.layers.families import model_config
-from qfunc.layers.generate import decode, prefill
+from qfunc.layers.generate import decode, prefill, row_keys
 from qfunc.layers.model import Model
-from qfunc.layers.norms import rms_norm
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
          "num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}
@@ -61,44 +60,16 @@ def bandwidth(rounds: int = 5) -> float:
     return data.nbytes / min(times)
 
 
-def stacked(params):
-    """The same parameters with the layers as one pytree of a leading axis."""
-    layers = params["model"]["layers"]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(len(layers))))
-    return {**params, "model": {**params["model"], "layers": stack}}
-
-
-def scanned(params, ids, cache, config, *, last=False):
-    """`decoder.apply` with its layers under `lax.scan`; `cache["layers"]` is one pytree of a leading axis."""
-    model, start = params["model"], cache["length"]
-    positions = start + jnp.arange(ids.shape[1])
-    x = decoder.embed(model["embed_tokens"], ids, jnp.dtype(config.dtype))
-
-    def body(x, layer):
-        own, kept = layer
-        return decoder.decoder_layer(own, x, positions, kept, config, 0)
-    x, layers = jax.lax.scan(body, x, (model["layers"], cache["layers"]))
-    x = rms_norm(model["norm"], x, config.rms_norm_eps)
-    return decoder.head(params, x[:, -1:] if last else x, config), {"length": start + ids.shape[1], "layers": layers}
-
-
-def measure(params, config, tokens: int, rounds: int, scan: bool = False) -> tuple[float, float]:
+def measure(model: Model, tokens: int, rounds: int) -> tuple[float, float]:
     """(tokens per second, seconds to compile)."""
-    model = Model(params, config)
-    apply, ids = scanned if scan else decoder.apply, jnp.arange(1, 17)[None]
-    options = {"apply": apply, "config": config, "greedy": True}
-    draw = (jax.random.key(0), jnp.float32(1), jnp.float32(1))
-    if scan:
-        params = stacked(params)
+    options = {"apply": decoder.apply, "config": model.config, "greedy": True}
+    draw, ids = (row_keys(0, 1), jnp.float32(1), jnp.float32(1)), jnp.arange(1, 17)[None]
 
     def once():
-        cache = model.init_cache(1, 16 + tokens)
-        if scan:
-            cache = {**cache, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache["layers"])}
-        token, cache = prefill(params, ids, cache, *draw, **options)
+        token, cache = prefill(model.params, ids, model.init_cache(1, 16 + tokens), *draw, **options)
         token.block_until_ready()
         start = time.perf_counter()
-        out, *_ = decode(params, token, cache, jnp.zeros(1, bool), jnp.int32(1), *draw, **options, steps=tokens)
+        out, *_ = decode(model.params, token, cache, jnp.zeros(1, bool), jnp.int32(1), *draw, **options, steps=tokens)
         out.block_until_ready()
         return time.perf_counter() - start
     first = time.perf_counter()
@@ -106,11 +77,6 @@ def measure(params, config, tokens: int, rounds: int, scan: bool = False) -> tup
     first = time.perf_counter() - first
     seconds = statistics.median(once() for _ in range(rounds))
     return tokens / seconds, first - seconds
-
-
-def nbytes(params) -> int:
-    """Bytes that one token reads: all parameters (the table is the output layer, so it is read whole)."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def torch_speed(config, layers: int, tokens: int, dtype: str) -> float:
@@ -149,9 +115,10 @@ def main() -> None:
 
     def row(name, packed, config, scan=False):
         nonlocal base
-        rate, compiling = measure(packed, config, args.tokens, args.rounds, scan)
+        model = Model(packed, config)
+        rate, compiling = measure(model.stacked() if scan else model, args.tokens, args.rounds)
         base = base or rate
-        size, floor = nbytes(packed), speed / nbytes(packed)
+        size, floor = model.nbytes, speed / model.nbytes
         print(f"{name:24s} {size / 1e6:7.0f} {rate:9.2f} {floor:8.1f} {rate / floor:8.2f} {rate / base:9.2f} {compiling:9.1f}", flush=True)
 
     half = config.replace(dtype="bfloat16")

@@ -1,5 +1,7 @@
 """Each family against transformers on torch: a tiny random model, float32, as a whole and token by token through the cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,19 +65,33 @@ def build(case: str, folder):
     return model, adapt(checkpoint.params, config), config
 
 
+run = jax.jit(apply, static_argnums=3, donate_argnums=2)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(ids, logits of transformers, our params, our config) of a case, made once for all tests of it."""
+    @functools.cache
+    def make(case: str):
+        model, params, config = build(case, tmp_path_factory.mktemp(case))
+        ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (2, 12))
+        with torch.no_grad():
+            return ids, model(torch.tensor(ids)).logits.numpy(), params, config
+    return make
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case, tmp_path):
-    model, params, config = build(case, tmp_path)
-    ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (2, 12))
-    with torch.no_grad():
-        want = model(torch.tensor(ids)).logits.numpy()
-    run = jax.jit(apply, static_argnums=3, donate_argnums=2)
+def test_whole_texts_equal_transformers(case, built):
+    ids, want, params, config = built(case)
     got, none = run(params, ids, None, config)
     assert none is None
     np.testing.assert_allclose(got, want, atol=1e-4)
 
-    cache = init_cache(config, 2, 16)
-    first, cache = run(params, ids[:, :7], cache, config)
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_equal_transformers(case, built):
+    ids, want, params, config = built(case)
+    first, cache = run(params, ids[:, :7], init_cache(config, 2, 16), config)
     steps = [first]
     for i in range(7, 12):
         logits, cache = run(params, ids[:, i:i + 1], cache, config)
@@ -89,7 +105,6 @@ def test_latent_rows_in_a_quantized_cache(tmp_path):
     ids = np.random.default_rng(1).integers(3, 96, (2, 8))
     plain, _ = apply(params, ids, None, config)
     config = config.replace(cache="fp8_e4m3_token")
-    run = jax.jit(apply, static_argnums=3, donate_argnums=2)
     whole, _ = run(params, ids, None, config)
     assert 0 < np.linalg.norm(whole - plain) / np.linalg.norm(plain) < 0.06
     first, cache = run(params, ids[:, :7], init_cache(config, 2, 8), config)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import archive, checkpoint
+from checkpoints import DATA, archive, checkpoint
 
 import qfunc
 from qfunc.layers.cache import FORMATS
@@ -193,19 +193,68 @@ def test_experts_of_different_schemes_give_the_numbers_of_a_stack(moe):
     np.testing.assert_allclose(Model(apart, plain.config)(IDS), stacked(IDS), atol=1e-5)
 
 
-ONLINE = ("w8a8_int8", "w8a8_fp8", "fp8", "mxfp8", "awq", "gptq", "awq_marlin", "gptq_marlin", "bitsandbytes", "modelopt", "modelopt_fp8",
+ONLINE = ("w8a8_int8", "w8a8_fp8", "fp8", "mxfp8", "mxfp4", "awq", "gptq", "awq_marlin",
+          "gptq_marlin", "bitsandbytes", "modelopt", "modelopt_fp8",
           "modelopt_fp4", "petit_nvfp4", "nvfp4_online", "blockwise_int8", "qoq", "quark_int4fp8_moe", "quark_mxfp4", "auto-round-int8",
           "int8wo", "int8dq", "int4wo-32", "int4wo-64", "int4wo-128", "int4wo-256", "fp8wo", "fp8dq-per_tensor", "fp8dq-per_row")
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_every_online_name_is_a_rule(name):
-    from qfunc.interop.model import ONLINE as RULES
+    from qfunc.interop._online import ONLINE as RULES
     shapes = {"mlp": {"experts": {"up_proj": {"kernel": jax.ShapeDtypeStruct((2, 256, 256), jnp.float32)}},
                       "gate": {"kernel": jax.ShapeDtypeStruct((256, 2), jnp.float32)}}}
     packed = jax.eval_shape(lambda params: qfunc.quantize(params, RULES.get(name, name), check=False, progress=False), shapes)
     assert isinstance(packed["mlp"]["experts"]["up_proj"]["kernel"], qfunc.QTensor)
     assert not isinstance(packed["mlp"]["gate"]["kernel"], qfunc.QTensor)
+
+
+@pytest.mark.parametrize(("name", "own"), [("compressed-tensors", "ct-w8a8-int8-dynamic"), ("w8a8_int8", "ct-w8a8-int8-dynamic"),
+                                           ("quark", "quark-fp8"), ("auto-round", "autoround-w4a16-sym-g128"), ("gguf", "gguf-q4_0"),
+                                           ("torchao", "torchao-int8wo"), ("modelslim", "modelslim-w8a8"),
+                                           ("modelopt_fp4", "modelopt-nvfp4")])
+def test_a_formats_name_loads_its_checkpoints(name, own, dense):
+    from qfunc.interop._online import load_online
+    folder = DATA / own
+    assert load_online(folder, name, False).schemes == qfunc.load(folder).schemes
+    if name in ("w8a8_int8", "modelopt_fp4"):
+        return                                                            # names of schemes as well
+    with pytest.raises(ValueError, match="format of checkpoints"):
+        qfunc.load_model(dense, quantize=name)
+
+
+def fp8_blocks(found: dict) -> dict:
+    """Tensors in DeepSeek's fp8 blocks of 128 by 128."""
+    out = {}
+    for name, array in found.items():
+        if array.ndim < 2 or "embed" in name or "lm_head" in name or "mlp.gate." in name:
+            out[name] = array
+            continue
+        q = qfunc.quantize(jnp.asarray(array.T), "fp8_block")
+        out |= {name: np.asarray(q.codes), name + "_scale_inv": np.asarray(q.scale)}
+    return out
+
+
+def test_fp8_blocks_are_quantized_again(moe, tmp_path):
+    quant = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = checkpoint(tmp_path / "fp8", fp8_blocks(tensors(MOE)), config={**MOE, "torch_dtype": "bfloat16", "quantization_config": quant})
+    source, online = qfunc.load_model(folder), qfunc.load_model(folder, quantize="nvfp4_online")
+    own, new = (m.params["model"]["layers"]["0"] for m in (source, online))
+    assert own["mlp"]["experts"]["up_proj"]["kernel"].scheme.name == new["self_attn"]["q_proj"]["kernel"].scheme.name == "fp8_block"
+    gate, up, down = (new["mlp"]["experts"][name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
+    # The outer scale is that of both halves' bfloat16 values; the codes are those of a quantization by it.
+    wide = [np.asarray(own["mlp"]["experts"][name]["kernel"].dequantize("bfloat16"), np.float32) for name in ("gate_proj", "up_proj")]
+    largest = np.maximum(*(np.abs(w).max((1, 2)) for w in wide))
+    np.testing.assert_allclose(gate.scale2[:, 0, 0], largest / (6 * 448), rtol=1e-6)
+    np.testing.assert_array_equal(gate.scale2, up.scale2)
+    assert (gate.scale2 != down.scale2).all() and gate.scheme.name == "nvfp4_token"
+    for w, q in zip(wide, (gate, up), strict=True):
+        assert relative(q.dequantize("float32"), w) < 0.12 and q.shape == w.shape
+    assert relative(online(IDS).astype(jnp.float32), source(IDS).astype(jnp.float32)) < 0.3
+    again = qfunc.load_model(folder, quantize={"*experts*": "mxfp4", "*": None})
+    assert again.params["model"]["layers"]["1"]["mlp"]["experts"]["down_proj"]["kernel"].scheme.name == "mxfp4"
+    with pytest.raises(ValueError, match="w8a8_dynamic"):
+        qfunc.load_model(DATA / "ct-w8a8-int8-dynamic", quantize="w4a16")
 
 
 SLICE = ("ct-w8a8-int8-dynamic", "ct-moe-w4a8-int", "modelslim-quarot-online-w4a4", "modelslim-w8a8c8", "gguf-q4_k_m",
@@ -243,23 +292,24 @@ def test_activations_per_tensor_equal_torchaos_own_forward():
     assert relative(qfunc.load_model(folder, dtype="float32")(ids), want) < 1e-5
 
 
-def test_prompts_of_different_lengths_do_not_see_their_padding(dense, moe):
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_prompts_of_different_lengths_do_not_see_their_padding(kind, request):
     rng = np.random.default_rng(3)
-    rows = [rng.integers(1, 64, n) for n in (3, 9, 6)]
-    for folder in (dense, moe):
-        model = qfunc.load_model(folder, cache="int8_token")
-        model.config = model.config.replace(eos=())
-        alone = [model.generate(row, max_new_tokens=5) for row in rows]
-        np.testing.assert_array_equal(model.generate(rows, max_new_tokens=5), alone)
-        for side in ("front", "back"):
-            ids, mask = np.zeros((3, 9), int), np.zeros((3, 9), int)
-            for i, row in enumerate(rows):
-                where = slice(9 - len(row), 9) if side == "front" else slice(0, len(row))
-                ids[i, where], mask[i, where] = row, 1
-            np.testing.assert_array_equal(model.generate(ids, max_new_tokens=5, mask=mask), alone)
-            logits = model(ids, mask=mask)
-            for i, row in enumerate(rows):
-                np.testing.assert_allclose(logits[i][mask[i] == 1], model(np.pad(row, (0, 9 - len(row))))[0, :len(row)], atol=1e-4)
+    rows = [rng.integers(1, 64, n) for n in (3, 9)]
+    model = qfunc.load_model(request.getfixturevalue(kind), cache="int8_token")
+    model.config = model.config.replace(eos=())
+    alone = [model.generate(row, max_new_tokens=5) for row in rows]
+    np.testing.assert_array_equal(model.generate(rows, max_new_tokens=5), alone)
+    whole = [model(np.pad(row, (0, 9 - len(row))))[0, :len(row)] for row in rows]
+    for front in (True, False):
+        ids, mask = np.zeros((2, 9), int), np.zeros((2, 9), int)
+        for i, row in enumerate(rows):
+            where = slice(9 - len(row), 9) if front else slice(0, len(row))
+            ids[i, where], mask[i, where] = row, 1
+        np.testing.assert_array_equal(model.generate(ids, max_new_tokens=5, mask=mask), alone)
+        logits = model(ids, mask=mask)
+        for i, want in enumerate(whole):
+            np.testing.assert_allclose(logits[i][mask[i] == 1], want, atol=1e-4)
     mask[0] = [1, 0, 1, 0, 0, 0, 0, 0, 0]
     for bad in (mask, mask[:, :3], np.zeros_like(mask)):
         with pytest.raises(ValueError, match="mask"):
@@ -284,15 +334,19 @@ def test_what_a_row_draws_is_its_own(dense):
         model.generate(IDS, seed=[1, 2, 3])
 
 
-def test_stacked_layers_give_the_numbers_of_unrolled_ones(dense, moe):
-    for folder, scheme in ((dense, "w4a16_g128"), (moe, "w8a8_dynamic")):
-        model = qfunc.load_model(folder, quantize=scheme)
-        stacked = model.stacked()
-        assert stacked.params["model"]["layers"]["stack"]["self_attn"]["q_proj"]["kernel"].shape == (2, 128, 128)
-        np.testing.assert_allclose(stacked(IDS), model(IDS), atol=1e-5)
-        np.testing.assert_array_equal(stacked.generate([IDS[0], IDS[1, :5]], max_new_tokens=4),
-                                      model.generate([IDS[0], IDS[1, :5]], max_new_tokens=4))
-    mixed = qfunc.load_model(dense).quantize({"*/layers/0/*proj/kernel": "w8a16", "*": None})
+@pytest.mark.parametrize(("kind", "scheme"), [("dense", "w4a16_g128"), ("moe", "w8a8_dynamic")])
+def test_stacked_layers_give_the_numbers_of_unrolled_ones(kind, scheme, request):
+    model = qfunc.load_model(request.getfixturevalue(kind), quantize=scheme)
+    stacked = model.stacked()
+    assert stacked.params["model"]["layers"]["stack"]["self_attn"]["q_proj"]["kernel"].shape == (2, 128, 128)
+    np.testing.assert_allclose(stacked(IDS), model(IDS), atol=1e-5)
+    rows = [IDS[0], IDS[1, :5]]
+    np.testing.assert_array_equal(stacked.generate(rows, max_new_tokens=4), model.generate(rows, max_new_tokens=4))
+
+
+def test_layers_that_differ_are_no_stack(dense):
+    model = qfunc.load_model(dense)
+    mixed = model.quantize({"*/layers/0/self_attn/q_proj/kernel": "w8a16", "*": None})
     with pytest.raises(ValueError, match="layer 1 differs"):
         mixed.stacked()
     with pytest.raises(ValueError, match="windows"):

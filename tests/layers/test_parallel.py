@@ -102,10 +102,12 @@ def test_quantized_logits(found, axis, scheme):
 def test_generation_and_texts_split_over_devices():
     params, config = case("dense")
     packed = qfunc.quantize(params, "w4a16_g128")
-    want = Model(packed, config).generate(IDS, max_new_tokens=4)
+    want, rows = Model(packed, config).generate(IDS, max_new_tokens=4), [IDS[0, 2:], IDS[1]]
+    apart = Model(packed, config).generate(rows, max_new_tokens=4)
     for mesh in (mesh_of(2), Mesh(np.asarray(jax.devices()[:2]).reshape(2, 1), ("data", "tp"))):
         model = Model(place(packed, config, mesh), config, mesh=mesh)
         np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=4), want)
+        np.testing.assert_array_equal(model.generate(rows, max_new_tokens=4), apart)
         with pytest.raises(ValueError, match="split over a mesh"):
             model.quantize("w8a16")
 
