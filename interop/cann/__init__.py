@@ -12,6 +12,7 @@ from qfunc._lazy import attach as _attach
 
 _PUBLIC = {
     "Collective": "_parallel", "Experts": "_moe", "Placed": "_placed", "PlacementError": "_place", "callback": "_callback",
+    "explain": "_explain",
     "grouped_matmul": "_grouped", "linear": "_linear", "moe": "_moe", "place": "_place", "place_experts": "_moe",
     "rank_config": "_parallel", "rank_params": "_parallel", "read_cache": "_cache", "restore": "_place", "to_array": "_arrays",
     "to_tensor": "_arrays", "to_torch": "_trace", "write_cache": "_cache",

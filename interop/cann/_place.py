@@ -19,6 +19,7 @@ from ._layouts import LAYOUTS, Source
 from ._leaves import leaves_of, to_numpy, to_torch
 from ._npu import format_cast
 from ._placed import Placed, matrix_shape
+from ._quantize import composed
 
 INPUT_LEAVES = {"smooth": torch.float32, "perm": torch.int64, "input_scale": torch.float32, "input_zero": torch.int32}
 """Leaves that act on the activation, and their types on the device."""
@@ -174,6 +175,8 @@ def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, d
             laid.operands.setdefault(name, leaves[name].to(number))
     base.operands = {name: put(tensor) for name, tensor in laid.operands.items()}
     base.meta, base.codes = laid.meta, laid.codes
+    slow = composed(packed.scheme.activation)
+    base.note = f"activations are quantized by elementwise operations: {slow}" if slow else ""
     base.kept = {name: leaf for name, leaf in leaves.items() if name != "codes"}
     return base
 

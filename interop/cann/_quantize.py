@@ -42,6 +42,23 @@ def dynamic_natively(s: ActivationSpec) -> bool:
         s.outer is None and s.outlier_threshold is None and (s.scale_rule, s.rounding, s.scale_dtype) == ("amax", "rne", "float32"))
 
 
+def composed(spec: ActivationSpec | None) -> str:
+    """Why activations of 16 bits are quantized by elementwise operations instead of an operator; empty where they are not."""
+    if spec is None or dynamic_natively(spec):
+        return ""
+    if spec.scale_rule == "mx_dual":
+        return "" if ("fp4_e2m1", spec.rounding) in MX_ROUNDING else f"npu_dynamic_dual_level_mx_quant does not round by {spec.rounding}"
+    if spec.scale_dtype == "e8m0":
+        known = (spec.code, spec.scale_rule) in MX_OPERATOR and (spec.code, spec.rounding) in MX_ROUNDING and spec.clip == 1
+        return "" if known else f"npu_dynamic_mx_quant has no {spec.code} by {spec.scale_rule}, {spec.rounding}, clip {spec.clip:g}"
+    if spec.mode == "static":
+        return "" if spec.code == "int8" and spec.rounding == "rne" else f"npu_quantize makes no {spec.code}"
+    what = [name for name, holds in (("clipping", spec.clip != 1), ("zero points", spec.zero is not None),
+                                     (f"scales per {spec.granularity}", spec.granularity.kind != "token"),
+                                     (f"the rule {spec.scale_rule}", spec.scale_rule != "amax")) if holds]
+    return f"npu_dynamic_quant has no {', '.join(what) or spec.code}"
+
+
 class Rows:
     """An activation [..., M, K] to be quantized by `spec`, or quantized already.
 

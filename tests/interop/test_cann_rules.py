@@ -284,3 +284,30 @@ def test_weights_keep_their_bits_on_the_device(rng):
         w = _place(npu_weights.weight(rng, scheme, 512, 256), soc)
         stored = w.operands["weight"]
         assert stored.untyped_storage().nbytes() == 512 * 256 * bits // 8, scheme
+
+
+def test_explain_tells_what_runs_and_what_is_slow(rng):
+    import qfunc
+    from qfunc.interop import cann
+    clipped = qfunc.scheme("w8a8_dynamic").replace(name="w8a8_clip", activation_clip=0.9)
+    tree = cann.place({"a": npu_weights.weight(rng, "w8a8_dynamic", 64, 16), "b": npu_weights.weight(rng, clipped, 64, 16),
+                       "c": npu_weights.weight(rng, "nf4", 64, 16), "d": jnp.ones(3)}, "cpu", "A2")
+    lines = cann.explain(tree)
+    assert [(line.path, line.kind) for line in lines] == [("a", "w8a8"), ("b", "w8a8"), ("c", "float")]
+    assert not lines[0].note and "clipping" in lines[1].note and lines[2].note == "nf4 is dequantized to bfloat16"
+    text = repr(lines)
+    assert "npu_quant_matmul" in text and "[1] activations are quantized by elementwise operations" in text
+    assert lines[2].nbytes == 64 * 16 * 2
+    assert repr(cann.explain({"d": 1})) == "no placed weight"
+
+
+@pytest.mark.parametrize("scheme, native", [("w8a8_dynamic", True), ("w4a4_dynamic", True), ("w8a8_static_asym", True), ("mxfp8", True),
+                                            ("mxfp4", True), ("mxfp4_dual", True), ("fp8_dynamic", True), ("w8a8_dynamic_tensor", True),
+                                            ("fp8", False), ("w8a8_block", False), ("fp8_static", False)])
+def test_a_note_says_which_activations_are_composed(rng, calls, scheme, native):
+    from qfunc.interop import cann
+    soc = "A5" if scheme.startswith(("mx", "fp8")) else "A2"
+    w = _place(npu_weights.weight(rng, scheme, 512, 16), soc)
+    calls.clear()
+    cann.linear(w, _torch(npu_weights.activation(rng, 3, 512), "bfloat16"))
+    assert bool(w.note) != native and any("quant" in name and "matmul" not in name for name, *_ in calls) == native
