@@ -31,7 +31,8 @@ class Explanation(tuple):
             return "no placed weight"
         notes = {note: f"[{i}]" for i, note in enumerate(dict.fromkeys(line.note for line in self if line.note), 1)}
         rows = [("path", "scheme", "shape", "MB", "runs on", ""), *(
-            (line.path, line.scheme, str(line.shape), f"{line.nbytes / 1e6:.2f}", line.operator, notes.get(line.note, "")) for line in self)]
+            (line.path, line.scheme, str(line.shape), f"{line.nbytes / 1e6:.2f}", line.operator, notes.get(line.note, ""))
+            for line in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*table, *(f"{mark} {note}" for note, mark in notes.items())])
