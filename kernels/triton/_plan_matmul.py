@@ -178,8 +178,9 @@ def default_config(call: Call, target: Target) -> Config:
     # Sums that are scaled step by step take their registers twice.
     fresh = min(weight_group(call), activation_group(call)) < columns or arithmetic(call, target) in ("e4m3", "e5m2")
     if code(call.packed.scheme.weight.code).bits == 8 and count >= 128:
-        few = count * rows < 8192 * 264 or fresh and target.backend == "hip"
-        tiles = (64, 128, 4) if few else (128, 128 if fresh else 256, 8)
+        decoded = arithmetic(call, target) not in ("s8", "e4m3", "e5m2")
+        small = count * rows < 8192 * 264 or fresh and (decoded or target.backend == "hip")
+        tiles = (64, 128, 8 if decoded else 4) if small else (128, 128 if fresh or decoded else 256, 8)
         return Config(*tiles[:2], 128, 1, tiles[2], 3, swapped=False)
     block_m = min(max(16, 1 << (count - 1).bit_length()), 64)
     block_n = 64 if rows < 128 * 132 else 128
@@ -204,10 +205,12 @@ def adapt(call: Call, target: Target, config: Config) -> Config:
 def run_width(call: Call, target: Target, config: Config) -> int:
     """Contracted elements of one product of tiles: those of one digit of the widest plane, cut so that each has one scale."""
     bits = code(call.packed.scheme.weight.code).bits
-    # Three tf32 products hold each operand three times.
-    width = min(config.block_k, 64 if arithmetic(call, target) == "f32" else STEP) if bits == 8 else 16 * planes(bits)[0][0]
+    columns = call.x[0].shape[-1]
+    # Three tf32 products hold each operand three times; rows that are not aligned are read byte by byte, each with its own address.
+    tight = arithmetic(call, target) == "f32" or columns % 16 != 0
+    width = min(config.block_k, 64 if tight else STEP) if bits == 8 else 16 * planes(bits)[0][0]
     for size in (weight_group(call), activation_group(call)):
-        if size < call.x[0].shape[-1] and size % STEP:
+        if size < columns and size % STEP:
             width = min(width, size)
     return max(width, FLOAT_RUN if arithmetic(call, target) in ("bf16", "f16", "f32") else INTEGER_RUN)
 

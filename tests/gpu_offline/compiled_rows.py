@@ -11,10 +11,10 @@ import numpy as np
 from qfunc import _codec
 from qfunc._codes import code
 from qfunc._qtensor import QTensor
-from qfunc._schemes import scheme
+from qfunc._schemes import scheme, schemes
 from qfunc._spec import ActivationSpec, Granularity
 from qfunc.kernels._dispatch import Call, Packed
-from qfunc.kernels.triton import _launch, _plan_matmul, _plan_rows
+from qfunc.kernels.triton import _launch, _plan_matmul, _plan_rows, _tables
 
 Struct = jax.ShapeDtypeStruct
 
@@ -32,10 +32,13 @@ class Row:
     outs: int = 4096
     experts: int = 128
     dtype: str = "bfloat16"
+    label: str = ""
 
     @property
     def id(self) -> str:
         """The name of the test's row."""
+        if self.label:
+            return self.label
         tiles = "".join(f"-{name}{value}" for name, value in self.config)
         return f"{self.kind}-{self.scheme}-{self.tokens}x{self.columns}x{self.outs}-{self.dtype}-{self.target}{tiles}"
 
@@ -101,7 +104,7 @@ def expected(launched, target) -> str | None:
 
 
 # Every scheme that differs in what is compiled, at decode, at a small batch and at prefill.
-_SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w4a16", "w3a16_g128", "w2a16_g64", "w6a16_g128", "w7a16", "w8a16", "w8a16_asym",
+SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w4a16", "w3a16_g128", "w2a16_g64", "w6a16_g128", "w7a16", "w8a16", "w8a16_asym",
             "w4a8_dynamic", "w4a8_dynamic_g128", "w4a8_dynamic_g128_asym", "w8a8_dynamic", "w8a8_block", "w4afp8_g128", "fp8_dynamic",
             "fp8_block", "fp8_e5m2_dynamic", "fp8_w8a16", "mxfp8", "mxfp6", "mxfp4", "mxfp4_a16", "nvfp4", "nvfp4_a16", "nf4", "nf4_dq",
             "int4wo_g128")
@@ -112,7 +115,7 @@ _ROW_KINDS = ("int8:token", "fp8_e4m3:token", "int4:token", "int8:group:128", "f
 
 def _rows():
     for target in TARGETS:
-        for name in _SCHEMES:
+        for name in SCHEMES:
             for tokens in (16, 64):
                 yield Row("dense", name, tokens, target)
         for name in _PREFILL:
@@ -136,7 +139,37 @@ def _rows():
             yield Row("take", name, 512, target)
 
 
-ALL = {row.id: row for row in _rows()}
+def _scheme_of(form: str) -> str:
+    """A scheme of the format of a tuning table: symmetric, of this code, group and activation."""
+    _, element, group, x = form.split("/")
+    for name in schemes:
+        weight, activation = scheme(name).weight, scheme(name).activation
+        plain = activation is None or activation.outlier_threshold is None and activation.mode == "dynamic" and activation.zero is None
+        own = "bfloat16" if activation is None else activation.code
+        found = weight.code, f"g{weight.granularity.size}", own
+        if plain and found == (element, group, x) and weight.zero is None and weight.granularity.kind != "tensor":
+            return name
+    raise LookupError(f"no scheme has the format {form}")
+
+
+def _tabled():
+    """Every row of the tuning tables that the package ships; rows that differ in nothing but the number of slabs are compiled once."""
+    for table in _tables._folder(_tables.PACKAGE):
+        for form, entries in table.formats.items():
+            kind, name, seen = form.split("/")[0], _scheme_of(form), set()
+            for entry in entries:
+                config = dataclasses.replace(entry.config, split_k=min(entry.config.split_k, 2))
+                if config in seen:
+                    continue
+                seen.add(config)
+                tiles = "x".join(map(str, dataclasses.astuple(config)[:4]))
+                order = "swapped" if config.swapped else "plain"
+                label = f"table-{table.target}-{form}-{tiles}-w{config.num_warps}-s{config.num_stages}-{order}"
+                tokens = entry.m * (128 if kind == "grouped" else 1)
+                yield Row(kind, name, tokens, table.target, tuple(vars(config).items()), entry.k, entry.n, label=label)
+
+
+ALL = {row.id: row for make in (_rows, _tabled) for row in make()}
 
 
 def weight_in_registers(name: str) -> bool:
@@ -166,8 +199,10 @@ def exceptions(name: str) -> list[Known]:
 
 # The usual run: every scheme, kernel and target; Hopper, which is the first device, in full at decode.
 def _usual(index: int, row: Row) -> bool:
+    if row.label:
+        return False
     if row.kind == "dense" and row.tokens in (16, 64) and row.dtype == "bfloat16" and row.columns == 4096:
-        return row.target == ("sm_90" if row.tokens == 16 else TARGETS[_SCHEMES.index(row.scheme) % 6])
+        return row.target == ("sm_90" if row.tokens == 16 else TARGETS[SCHEMES.index(row.scheme) % 6])
     if row.kind == "dense" and row.tokens == 512:
         return row.target in ("sm_90", "gfx942") and row.scheme in ("w8a8_dynamic", "fp8_block")
     if row.kind in ("routed", "rmsnorm", "swiglu"):
