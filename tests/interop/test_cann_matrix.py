@@ -63,3 +63,11 @@ def test_wrong_calls_are_refused():
     assert found == wanted
     by = list(wanted.values())
     assert len(by) >= 200 and by.count("Meta") >= 50 and by.count("rules") >= 100
+
+
+def test_the_table_of_operators_is_the_code_s():
+    from qfunc.interop.cann._soc import ROWS
+    text = (npu_matrix.REFUSED.parent / "ascend_operators.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("`"): (row[4], row[5]) for row in rows}
+    assert told == {kind: (" ".join(row.linear), " ".join(row.moe)) for kind, row in ROWS.items()}
