@@ -175,31 +175,46 @@ def default_config(call: Call, target: Target) -> Config:
     count = max(math.prod(call.x[0].shape[call.batch:-1]), 1)
     if call.sizes is not None:
         count = -(-count // call.sizes.shape[0])
-    # Sums that are scaled step by step take their registers twice.
-    fresh = min(weight_group(call), activation_group(call)) < columns or arithmetic(call, target) in ("e4m3", "e5m2")
     if code(call.packed.scheme.weight.code).bits == 8 and count >= 128:
-        decoded = arithmetic(call, target) not in ("s8", "e4m3", "e5m2")
-        small = count * rows < 8192 * 264 or fresh and (decoded or target.backend == "hip")
-        tiles = (64, 128, 8 if decoded else 4) if small else (128, 128 if fresh or decoded else 256, 8)
-        return Config(*tiles[:2], 128, 1, tiles[2], 3, swapped=False)
+        few = count * rows < 8192 * 264
+        return Config(64 if few else 128, 128 if few else 256, 128, 1, 4 if few else 8, 3, swapped=False)
     block_m = min(max(16, 1 << (count - 1).bit_length()), 64)
     block_n = 64 if rows < 128 * 132 else 128
     tiles = -(-rows // block_n) * -(-count // block_m) * max(math.prod(call.x[0].shape[:call.batch]), 1)
     split = 1
     while call.sizes is None and split < 16 and tiles * split < 264 and columns // (2 * split) >= 512:
         split *= 2
-    # Where products take both operands from registers, or sums come back from tensor memory, less is left for the sums.
-    large = 64 * 64 if fresh and target.backend == "cuda" and target.arch != 90 else 64 * 128
-    return Config(block_m, block_n, 128, split, 8 if block_m * block_n >= large else 4, 4 if block_m <= 32 else 3, swapped=True)
+    return Config(block_m, block_n, 128, split, 4, 4 if block_m <= 32 else 3, swapped=True)
+
+
+def largest_tile(call: Call, target: Target) -> tuple[int, int]:
+    """(sums of the largest tile, sums up to which four warps have registers for them), as compilations show.
+
+    Sums that are scaled step by step take their registers twice; 8-bit codes that are decoded, and on all but Hopper operands of any
+    product, lie in registers beside them.
+    """
+    call = coded(call)
+    dot = arithmetic(call, target)
+    fresh = min(weight_group(call), activation_group(call)) < call.x[0].shape[-1] or dot in ("e4m3", "e5m2")
+    decoded = dot not in ("s8", "e4m3", "e5m2")
+    hopper = target.backend == "cuda" and target.arch == 90
+    largest = 64 * 128 if fresh and (decoded or target.backend == "hip") and not hopper else 128 * 128 if fresh or decoded else 128 * 256
+    crowded = fresh and target.backend == "cuda" and not hopper
+    return largest, 64 * 32 if crowded else 64 * 64 if decoded else 64 * 128
 
 
 def adapt(call: Call, target: Target, config: Config) -> Config:
-    """Tiles of at least 16, no more slabs than steps, none for experts; two stages on AMD, whose shared memory is small."""
+    """Tiles of at least 16 that fit the registers, no more slabs than steps, none for experts; two stages on AMD, whose shared memory
+    is small."""
     steps = -(-call.x[0].shape[-1] // STEP)
     split = 1 if call.sizes is not None else max(min(config.split_k, steps), 1)
     split = -(-steps // -(-steps // split))                     # no program without a step of its own
     stages = min(config.num_stages, 2) if target.backend == "hip" else config.num_stages
-    return dataclasses.replace(config, block_m=max(config.block_m, 16), block_n=max(config.block_n, 16), split_k=split, num_stages=stages)
+    (largest, light), m, n = largest_tile(call, target), max(config.block_m, 16), max(config.block_n, 16)
+    while m * n > largest:
+        m, n = (m // 2, n) if m > n else (m, n // 2)
+    warps = max(config.num_warps, 8 if m * n > light else 1)
+    return dataclasses.replace(config, block_m=m, block_n=n, split_k=split, num_warps=warps, num_stages=stages)
 
 
 def run_width(call: Call, target: Target, config: Config) -> int:
