@@ -1,8 +1,9 @@
 """From the canonical leaves of a weight to the operands of its operator, once, and back to the codes.
 
 Every builder takes a `Source` and returns `Laid`: tensors by name on the host (or on meta), facts for the call, and how to get the codes
-back. N is out, K is in, G = K / g groups, E experts; a leading E only for stacks. The tables of shapes and types are op-plugin's operator
-pages; the re-layouts are those of SGLang's and vllm-ascend's loaders, with their faults left out (named where they were).
+back, from `base` where `weight` is a view of what lies in NZ. N is out, K is in, G = K / g groups, E experts; a leading E only for
+stacks. The tables of shapes and types are op-plugin's operator pages; the re-layouts are those of SGLang's and vllm-ascend's loaders, with
+their faults left out (named where they were).
 """
 
 from __future__ import annotations
@@ -102,14 +103,13 @@ def w8a8_static(s: Source) -> Laid:
 def _four_bits(s: Source) -> tuple[torch.Tensor, Callable]:
     """int4 in int32 [K, N / 8], eight outputs a word, and the way back."""
     words = _bits.int4x8(_turned(s.integers()))
-    return words, lambda o: _bits.stored(_turned(_bits.from_int4x8(o["weight"])), s.code)
+    return words, lambda o: _bits.stored(_turned(_bits.from_int4x8(o["base"])), s.code)
 
 
 def _four_bits_nz(s: Source) -> tuple[torch.Tensor, Callable]:
-    """The same for stacks: bytes [E, K, N / 2] in NZ first, then seen as int32 [E, K, N / 8], as the grouped operator wants them."""
+    """The same for stacks: bytes [E, K, N / 2] in NZ, to be seen as int32 [E, K, N / 8], as the grouped operator wants them."""
     data = format_cast(s.put(_bits.pairs(_turned(s.integers())).view(torch.int8)))
-    words = data.view(torch.int32)
-    return words, lambda o: _bits.stored(_turned(_bits.from_int4x8(o["weight"])), s.code)
+    return data, lambda o: _bits.stored(_turned(_bits.from_int4x8(o["base"].view(torch.int32))), s.code)
 
 
 def w4a4(s: Source) -> Laid:
@@ -119,8 +119,8 @@ def w4a4(s: Source) -> Laid:
     """
     scale = s.scales()[..., 0]
     if s.experts:
-        words, back = _four_bits_nz(s)
-        return Laid({"weight": words, "scale": _bits.float_bits(scale)}, codes=back)
+        data, back = _four_bits_nz(s)
+        return Laid({"weight": data.view(torch.int32), "base": data, "scale": _bits.float_bits(scale)}, codes=back)
     words = _bits.int4x8(s.integers())
     return Laid({"weight": s.put(words).t(), "scale": scale}, codes=lambda o: _bits.stored(_bits.from_int4x8(o["weight"].t()), s.code))
 
@@ -140,8 +140,10 @@ def w4a8(s: Source) -> Laid:
         scale = _bits.short_float(scale)            # the fixed-point pipe keeps 10 bits of mantissa; so does the correction then
     sums = q.unflatten(-1, (groups, -1)).sum(-1, dtype=torch.int32).to(torch.float32)
     correction = 8 * (sums * scale).sum(-1)
-    words, back = _four_bits_nz(s) if s.experts else _four_bits(s)
-    return Laid({"weight": words, "scale": _bits.float_bits(_turned(scale)), "correction": correction}, {"groups": groups}, back)
+    base, back = _four_bits_nz(s) if s.experts else _four_bits(s)
+    words = base.view(torch.int32)
+    operands = {"weight": words, "base": base, "scale": _bits.float_bits(_turned(scale)), "correction": correction}
+    return Laid(operands, {"groups": groups}, back)
 
 
 def a16(s: Source) -> Laid:
@@ -210,7 +212,7 @@ def mxfp8(s: Source) -> Laid:
     """e4m3 [.., K, N] and exponents [.., K / 64, N, 2]: both transposed views of what lies row by row, stacks in NZ below the view."""
     weight = s.put(s.leaves["codes"])
     weight = format_cast(weight) if s.experts else weight
-    return Laid({"weight": weight.transpose(-1, -2), "scale": _mx_scale(s)}, codes=lambda o: o["weight"].transpose(-1, -2).contiguous())
+    return Laid({"weight": weight.transpose(-1, -2), "base": weight, "scale": _mx_scale(s)}, codes=lambda o: o["base"])
 
 
 def mxfp4(s: Source) -> Laid:
@@ -221,9 +223,8 @@ def mxfp4(s: Source) -> Laid:
     elif s.experts:
         data = format_cast(data)
 
-    def back(o):
-        return _bits.pack(_bits.nibbles(o["weight"].transpose(-1, -2).contiguous()), 4, 0)
-    return Laid({"weight": data.transpose(-1, -2), "scale": _mx_scale(s)}, codes=back)
+    return Laid({"weight": data.transpose(-1, -2), "base": data, "scale": _mx_scale(s)},
+                codes=lambda o: _bits.pack(_bits.nibbles(o["base"]), 4, 0))
 
 
 def mxfp4_dual(s: Source) -> Laid:

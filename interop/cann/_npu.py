@@ -12,7 +12,7 @@ import torch
 
 # torch_npu's handles: 256 + the number of the ACL data type. A torch dtype in their place is refused (it becomes torch's own number).
 E8M0, FP4 = 293, 296
-NZ = 29
+NZ, ND = 29, 2
 TILES = {torch.float16: 16, torch.bfloat16: 16, torch.uint8: 64, torch.int32: 64}
 
 
@@ -40,3 +40,10 @@ def format_cast(w: torch.Tensor, **named) -> torch.Tensor:
     if rows % 16 or columns % TILES.get(w.dtype, 32):
         return w
     return operator("npu_format_cast")(w, NZ, **named)
+
+
+def to_host(w: torch.Tensor) -> torch.Tensor:
+    """`w` on the host in ordinary order."""
+    if w.device.type == "npu":
+        w = operator("npu_format_cast")(w, ND)
+    return w if w.is_meta else w.cpu()

@@ -13,6 +13,7 @@ from qfunc._qtensor import CODECS, QTensor, View
 from qfunc.kernels._dispatch import Packed
 
 from ._leaves import to_numpy
+from ._npu import to_host
 
 
 class Part:
@@ -88,7 +89,7 @@ class Placed:
         seen = {}
         for tensor in self.operands.values():
             storage = tensor.untyped_storage()
-            seen[id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+            seen[storage._cdata] = storage.nbytes()
         return sum(seen.values())
 
     @property
@@ -118,10 +119,13 @@ class Placed:
                 found = torch.stack([child.part_tensor(name) for child in self.children])
             else:
                 # Bits are turned back on the host, where every shift and mask exists.
-                held = self.operands if self.device.type == "meta" else {"weight": self.operands["weight"].cpu()}
-                found = self.codes(held) if name == "codes" and self.codes is not None else self.kept[name]
+                found = self.codes(self._stored()) if name == "codes" and self.codes is not None else self.kept[name]
             found = self.forms["part", name] = found.to(self.device)
         return found
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        name = "base" if "base" in self.operands else "weight"
+        return {name: to_host(self.operands[name])}
 
     def __getitem__(self, index: int) -> Placed:
         """The slice `index` of the first leading axis. Raises IndexError where there is none."""
@@ -137,7 +141,7 @@ class Placed:
             return self
         if experts not in self.forms:
             from ._place import place_leaves
-            leaves = {name: self.part_tensor(name) for name in self.packed.fields}
+            leaves = {name: to_host(self.part_tensor(name)) for name in self.packed.fields}
             self.forms[experts] = place_leaves(self.packed, leaves, soc=self.soc, device=self.device, dtype=self.dtype,
                                                dequantize=self.kind == "float", experts=experts, view=self.view)
         return self.forms[experts]

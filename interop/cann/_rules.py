@@ -17,6 +17,7 @@ from qfunc.kernels._dispatch import Packed
 from . import _linear
 from ._grouped import grouped_matmul
 from ._leaves import torch_dtype
+from ._npu import to_host
 from ._place import SIXTEEN, PlacementError, place_leaves, refusal
 from ._placed import Part, Placed, matrix_shape
 from ._quantize import Rows, rows_of
@@ -88,7 +89,10 @@ def _remembered(packed: Packed, leaves: dict[str, torch.Tensor], soc: str, exper
     why = refusal(packed.scheme, shape, soc, experts)
     if why is not None:
         raise PlacementError([("a weight that is closed over or computed", why)])
-    placed = place_leaves(packed, leaves, soc=soc, device=codes.device, dtype=SIXTEEN.get(packed.dtype, torch.bfloat16), experts=experts)
+    # Bits are rearranged on the host, where every shift and mask exists.
+    host = {name: to_host(leaf) for name, leaf in leaves.items()}
+    dtype = SIXTEEN.get(packed.dtype, torch.bfloat16)
+    placed = place_leaves(packed, host, soc=soc, device=codes.device, dtype=dtype, experts=experts)
     _CLOSED[key] = weakref.ref(codes, lambda _, held=_CLOSED: held.pop(key, None)), [weakref.ref(leaf) for leaf in leaves.values()], placed
     return placed
 
