@@ -65,7 +65,7 @@ def test_the_product_is_that_of_the_dequantized_sides(rng):
     rounded = table[np.asarray(a.codes)] * np.repeat(np.asarray(a.scale, np.float64), 32, -1)
     want = rounded @ np.asarray(q.dequantize("float32"), np.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # no native kernel has these scales
+        warnings.simplefilter("ignore")         # where there are no native kernels, the reference says so
         got = np.asarray(jax.jit(qfunc.matmul)(x, q))
     assert np.allclose(got, want, rtol=1e-4, atol=1e-3)
 

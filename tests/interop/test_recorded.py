@@ -48,12 +48,11 @@ def worst(folder: Path, checkpoint) -> float:
 
 
 # What the usual run takes: every family, packing and kind of scale once.
-USUAL = ("autoawq-*", "autoround-w2a16-g32", "autoround-mixed-4-8-16", "autoround-nvfp4", "bnb-int8", "bnb-nf4-dq", "ct-fp8-block",
-         "ct-fp8-dynamic-kv-fp8", "ct-moe-w4a16", "ct-mxfp4", "ct-nvfp4", "ct-w4a16-asym-gptq-actorder-group", "ct-w4a8-int",
-         "ct-w8a8-int8-static-asym", "gguf-iq3_s", "gguf-moe-q4_k_m", "gptqmodel-3bit-g128", "gptqmodel-4bit-g128-descact",
-         "gptqmodel-moe-4bit-g128", "modelopt-fp8", "modelopt-moe-nvfp4", "modelopt-w4a8-awq", "modelopt-mxfp8", "modelslim-mixed-moe",
-         "modelslim-quarot-online-w4a4", "modelslim-w4a8-dynamic-moe", "modelslim-w8a8", "modelslim-w8a8-mxfp8", "quark-int8",
-         "quark-moe-int4-fp8", "quark-mxfp4", "torchao-8da4w", "torchao-fp8dq-pertensor", "torchao-mxfp4")
+USUAL = ("autoawq-gemm*", "autoawq-moe*", "autoround-mixed-4-8-16", "autoround-nvfp4", "bnb-int8", "bnb-nf4-dq", "ct-fp8-block",
+         "ct-moe-w4a16", "ct-nvfp4", "ct-w4a16-asym-gptq-actorder-group", "ct-w4a8-int", "ct-w8a8-int8-static-asym", "gguf-iq3_s",
+         "gguf-moe-q4_k_m", "gptqmodel-3bit-g128", "gptqmodel-moe-4bit-g128", "modelopt-moe-nvfp4", "modelopt-w4a8-awq",
+         "modelslim-mixed-moe", "modelslim-w4a8-dynamic-moe", "modelslim-w8a8", "modelslim-w8a8-mxfp8", "quark-moe-int4-fp8",
+         "quark-mxfp4", "torchao-8da4w", "torchao-fp8dq-pertensor")
 
 
 @pytest.mark.parametrize("name", sampled(CUTS, *USUAL))
