@@ -30,7 +30,9 @@ def cell(k, GROUP: tl.constexpr, GROUPS, EVEN: tl.constexpr):
 
 @triton.jit
 def settle(part, x_sum, w_sum, k, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr, s_row,
-           GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE):
+           GROUPS, X_GROUPS, EVEN: tl.constexpr, SWAP: tl.constexpr, DOT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+           SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr,
+           X_ZERO: tl.constexpr, PLACE: tl.constexpr):
     """The sums of one segment, which starts at the contracted element k, with zero points taken off and scales put on; float32.
 
     One scale for all of a token comes last, outside; with one segment alone it comes first, as the reference multiplies.
