@@ -28,6 +28,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
     monkeypatch.setattr(_image, "write", lambda path, data: None)
     monkeypatch.setattr(_image, "_compile", lowered.uncompiled)
+    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
     with _target.lowering_for("sm_90"):
         yield
 
@@ -141,6 +142,7 @@ def test_nothing_is_launched_of_nothing(hopper, recwarn):
 
 
 def test_without_a_target_nothing_is_guessed(monkeypatch):
+    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
     monkeypatch.delenv("QFUNC_CUDA_CAPABILITY", raising=False)
     q = shapes("w4a16_g128")
     (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), q, platform="cuda")
@@ -220,6 +222,33 @@ def random_call(rng, scheme, x, ins, outs, batch=(), sizes=None, smooth=False):
         return made[0], (x, *q.leaves.values())
     take(qfunc.grouped_matmul, x, q, sizes)
     return made[0], (x, *q.leaves.values(), sizes)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_smoothing_in_front_of_a_float_product_keeps_its_type(rng, hopper, experts):
+    x = jnp.asarray(rng.standard_normal((9, 128)), jnp.bfloat16)
+    sizes = jnp.asarray([4, 0, 3], jnp.int32) if experts else None
+    call, operands = random_call(rng, "w4a16_g32_asym", x, 128, 64, (experts,) * bool(experts), sizes, smooth=True)
+    (smoothed,), *_ = _lowering._operands.activation(call, *operands, quantize=None)
+    assert smoothed.dtype == jnp.bfloat16
+    jax.eval_shape(lambda *leaves: _lowering.matmul(call, *leaves), *operands)
+
+
+def test_what_is_launched_is_what_was_described(rng, hopper):
+    call, operands = random_call(rng, "w8a16", jnp.ones((2, 128), jnp.bfloat16), 128, 64)
+    launch = _lowering.planned(call)
+    x, w, sizes, bias = _lowering._operands.activation(call, *operands, quantize=None)
+    arrays = _lowering._operands.arrays(launch, x, w, sizes, bias)
+    with pytest.raises(_image.KernelError, match="x was described as bfloat16"):
+        _lowering.execute(launch, [arrays[0].astype(jnp.float32), *arrays[1:]], "sm_90")
+
+
+def test_zero_points_of_an_activation_need_an_integer_product(hopper):
+    spec = qfunc.ActivationSpec("int8", qfunc.Granularity("token"), zero="int")
+    for name, refused in (("nf4", True), ("w8a16", False)):
+        scheme = qfunc.Scheme("own", weight=qfunc.scheme(name).weight, activation=spec)
+        (choice,) = qfunc.explain(qfunc.matmul, x_of(4, 512), shapes(scheme), platform="cuda")
+        assert ("zero points of the activation" in dict(choice.refused).get("triton", "")) == refused
 
 
 @pytest.mark.parametrize("grouped", [False, True])

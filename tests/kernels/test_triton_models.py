@@ -110,6 +110,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
     monkeypatch.setattr(_image, "write", lambda path, data: None)
     monkeypatch.setattr(_image, "_compile", lowered.uncompiled)
+    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
     with _target.lowering_for("sm_90"), warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
