@@ -28,8 +28,8 @@ SAMPLED = {
     "tests/kernels/test_matmul_oracle.py::test_experts_and_leading_axes_are_their_own_matmuls":
         "w4a8_dynamic_g32_asym nvfp4 w8a8_block nf4_dq",
     "tests/interop/test_cann_rules.py::test_integer_sums_are_exact":
-        "w8a8_dynamic-*-bfloat16 w5a8_dynamic-*-bfloat16 w8a8_static_asym-*-bfloat16 w8a8_static_asym-*-float16 w4a8_dynamic-*-w8a8-*-bfloat16 "
-        "w4a8_dynamic_g256-*-bfloat16 w4a8_dynamic_g64_asym-*-float16 w4a4_dynamic-*-bfloat16",
+        "w8a8_dynamic-*-bfloat16 w5a8_dynamic-*-bfloat16 w8a8_static_asym-*-bfloat16 w8a8_static_asym-*-float16 "
+        "w4a8_dynamic-*-w8a8-*-bfloat16 w4a8_dynamic_g256-*-bfloat16 w4a8_dynamic_g64_asym-*-float16 w4a4_dynamic-*-bfloat16",
     "tests/interop/test_cann_rules.py::test_within_one_step_of_the_float32_sum":
         "w8a8_static_asym-*-float16 w4a16_g32_asym-*-bfloat16 w4a16_g64_asym_actorder-*-bfloat16 w8a16_g64_asym-*-float16 "
         "mxfp8-*-bfloat16 mxfp4_a8-*-bfloat16 mxfp4_dual-*-bfloat16 fp8_static-*-bfloat16 w8a8_block-*-bfloat16",
