@@ -114,7 +114,8 @@ def _make_plan(source: Source, family: Family | None) -> Plan:
     for name, before in source.aliases.items():
         module, alias = split(name)[0], before.rpartition(".")[0]
         if module in plan.names:
-            plan.names.setdefault(alias, plan.names[module])
+            for other in (alias, alias.removesuffix(".linear")):            # a smoothed layer is named with its wrapper and without
+                plan.names.setdefault(other, plan.names[module])
     return plan
 
 

@@ -183,6 +183,7 @@ def test_a_repacked_folder_is_the_original_one_under_other_names(tmp_path):
 def test_smoothing_is_a_leaf_and_its_loss_is_refused(tmp_path):
     write(tmp_path, "W8A8_MXFP8", smoothed=("self_attn.q",))
     loaded = qfunc.load(tmp_path)
+    assert loaded.weight("blocks.0.self_attn.q") is loaded.weight("blocks.0.self_attn.q.linear") is loaded.weight("blocks.0.attn1.to_q")
     assert loaded.weight("blocks.0.attn1.to_q").smooth.shape == (D,) and loaded.weight("blocks.0.attn1.to_k").smooth is None
     description = next(tmp_path.glob("*description*"))
     text = json.loads(description.read_text())
