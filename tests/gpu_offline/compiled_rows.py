@@ -78,7 +78,7 @@ NVIDIA, AMD = ("sm_80", "sm_89", "sm_90", "sm_100"), ("gfx942", "gfx950")
 TARGETS = (*NVIDIA, *AMD)
 INSTRUCTIONS = {
     # operand type: what the tensor cores of each target are to be asked for
-    "s8": {"sm_80": r"mma\..*s8\.s8", "sm_89": r"mma\..*s8\.s8", "sm_90": r"wgmma.*\.s8\.s8", "sm_100": r"mma\..*s8\.s8",
+    "s8": {"sm_80": r"mma\..*s8\.s8", "sm_89": r"mma\..*s8\.s8", "sm_90": r"wgmma.*\.s8\.s8", "sm_100": "tcgen05.*i8",
            "gfx942": "v_mfma_i32_.*i8", "gfx950": "v_mfma_i32_.*i8"},
     "bf16": {"sm_80": r"mma\..*bf16\.bf16", "sm_89": r"mma\..*bf16\.bf16", "sm_90": r"wgmma.*bf16\.bf16", "sm_100": "tcgen05.*f16",
              "gfx942": "v_mfma_f32_.*bf16", "gfx950": "v_mfma_f32_.*bf16"},
@@ -189,7 +189,11 @@ class Known:
     instruction: str | None = None
 
 
-EXCEPTIONS: tuple[Known, ...] = ()
+_OLDER = "Triton 3.6 has no int8 product of Blackwell's tensor memory (3.9 has); the products of the generation before run there"
+EXCEPTIONS: tuple[Known, ...] = (
+    Known("*-w?a8_*-sm_100", _OLDER, instruction=r"^mma\..*s8\.s8"),
+    Known("table-sm_100-*/int8-*", _OLDER, instruction=r"^mma\..*s8\.s8"),
+)
 
 
 def exceptions(name: str) -> list[Known]:
