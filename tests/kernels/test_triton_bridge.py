@@ -53,8 +53,8 @@ def opaque(text: str, start: str = 'opaque = "') -> bytes:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_calls_for_every_target(target, cache):
     platform = "rocm" if target.startswith("gfx") else "cuda"
-    found = lowered.reached(lowered.lower(toy(target), *ARRAYS, platform=platform))
-    assert found["scale_rows"] == 1
+    text = lowered.lower(toy(target), *ARRAYS, platform=platform)
+    assert lowered.reached(text)["scale_rows"] == 1
     (file,) = cache.rglob("*.gz")
     image = Image.from_bytes(file.read_bytes())
     assert image.target == target and image.warps == 4 and image.name == "scale_rows"
