@@ -1,7 +1,7 @@
 """The hot matmuls as JAX primitives, with one table of lowerings for all platforms.
 
 `matmul`, `grouped_matmul`, `take` and `quantize_activation` are what layers call; `use` and `explain` force and show the choice of
-implementation; `prepare` lays packed weights out for a backend; `export_checks` lists what `jax.export` must be told.
+implementation; `lowering_for` names the GPU to compile for where none is here; `prepare` lays packed weights out for a backend; `export_checks` lists what `jax.export` must be told.
 """
 
 from . import cpu as cpu
@@ -17,3 +17,4 @@ from ._matmul import matmul as matmul
 from ._prepare import prepare as prepare
 from ._take import take as take
 from .triton import _lowering as _gpu_lowering
+from .triton._target import lowering_for as lowering_for
