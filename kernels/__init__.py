@@ -1,7 +1,8 @@
 """The hot matmuls as JAX primitives, with one table of lowerings for all platforms.
 
 `matmul`, `grouped_matmul`, `take` and `quantize_activation` are what layers call; `use` and `explain` force and show the choice of
-implementation; `lowering_for` names the GPU to compile for where none is here; `prepare` lays packed weights out for a backend; `export_checks` lists what `jax.export` must be told.
+implementation; `lowering_for` names the GPU to compile for where none is here; `prepare` lays packed weights out for a backend;
+`export_checks` lists what `jax.export` must be told.
 """
 
 from . import cpu as cpu
