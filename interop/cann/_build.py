@@ -8,6 +8,7 @@ rules get the tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,12 @@ def rule(*names: str):
 
 
 class UnknownPrimitive(NotImplementedError):
-    """An equation for which there is no torch rule."""
+    """An equation for which there is no torch rule; its text, and perhaps why."""
+
+    def __init__(self, eqn, why: str = ""):
+        # In a notebook JAX prints equations in colour.
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(eqn))
+        super().__init__(f"{why}\n{text}" if why else text)
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ class _Scope:
         if self.fold(eqn) or self.view(eqn):
             return None
         if name not in LAX:
-            raise UnknownPrimitive(str(eqn))
+            raise UnknownPrimitive(eqn)
         function = LAX[name](eqn, self)
         if getattr(function, "held", False):
             operands = [self.slot(v) for v in eqn.invars]
@@ -406,7 +412,7 @@ def _closed(eqn):
         if key in eqn.params:
             found = eqn.params[key]
             return (found.jaxpr, found.consts) if hasattr(found, "jaxpr") else (found, [])
-    raise UnknownPrimitive(str(eqn))
+    raise UnknownPrimitive(eqn)
 
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",

@@ -12,8 +12,8 @@ def _collective(eqn, scope, names):
     found = scope.builder.collective
     names = names if isinstance(names, (tuple, list)) else (names,)
     if found is None or tuple(names) != (found.axis,) or eqn.params.get("axis_index_groups") is not None:
-        raise UnknownPrimitive(f"a collective over {', '.join(map(str, names))}: to_torch(collective=) knows "
-                               f"{'none' if found is None else found.axis}\n{eqn}")
+        known = "none" if found is None else found.axis
+        raise UnknownPrimitive(eqn, f"a collective over {', '.join(map(str, names))}: to_torch(collective=) knows {known}")
     return found
 
 

@@ -67,7 +67,7 @@ def _ragged(eqn, scope):
     x, w, sizes = (v.aval for v in eqn.invars)
     if xb or wb or (x.ndim, w.ndim) != (2, 3) or tuple(numbers.lhs_ragged_dimensions) != (1 - xc[0],) \
             or len(numbers.rhs_group_dimensions) != 1 or sizes.ndim != 1:
-        raise UnknownPrimitive(str(eqn))
+        raise UnknownPrimitive(eqn)
     group = numbers.rhs_group_dimensions[0]
     free = 3 - group - wc[0]
     out = torch_dtype(eqn.outvars[0].aval.dtype)
@@ -109,7 +109,7 @@ def _convolution(eqn, scope):
     space = x.ndim - 2
     if p["batch_group_count"] != 1 or space not in (1, 2, 3) or any(d != 1 for d in p["lhs_dilation"]) \
             or any(edge < 0 for edges in p["padding"] for edge in edges):
-        raise UnknownPrimitive(str(eqn))
+        raise UnknownPrimitive(eqn)
     function = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[space]
     numbers, out = p["dimension_numbers"], torch_dtype(eqn.outvars[0].aval.dtype)
     edges = [edge for pair in reversed(p["padding"]) for edge in pair]

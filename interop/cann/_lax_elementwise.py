@@ -273,7 +273,7 @@ def _precision(eqn, scope):
     kinds = {(5, 10): torch.float16, (8, 7): torch.bfloat16, (8, 23): torch.float32}
     if (exponent, mantissa) not in kinds:
         from ._build import UnknownPrimitive
-        raise UnknownPrimitive(str(eqn))
+        raise UnknownPrimitive(eqn)
     return every(eqn, lambda x: x.to(kinds[exponent, mantissa]).to(x.dtype))
 
 

@@ -40,7 +40,7 @@ def _words(key):
 
 def _fry(eqn, v) -> None:
     if "fry" not in str(v.aval.dtype):
-        raise UnknownPrimitive(f"only keys of the threefry generator are known\n{eqn}")
+        raise UnknownPrimitive(eqn, "only keys of the threefry generator are known")
 
 
 @rule("threefry2x32")
@@ -79,7 +79,7 @@ def _fold_in(eqn, scope):
 
 def _partitionable(eqn) -> None:
     if not jax.config.jax_threefry_partitionable:
-        raise UnknownPrimitive(f"random numbers are laid out for jax_threefry_partitionable, which is switched off\n{eqn}")
+        raise UnknownPrimitive(eqn, "random numbers are laid out for jax_threefry_partitionable, which is switched off")
 
 
 def _stream(key, shape):
@@ -107,7 +107,7 @@ def _bits(eqn, scope):
     width, shape = eqn.params["bit_width"], tuple(eqn.params["shape"])
     kinds = {8: (torch.int8, torch.uint8), 16: (torch.int16, torch.uint16), 32: (torch.int32, torch.uint32)}
     if width not in kinds:
-        raise UnknownPrimitive(str(eqn))
+        raise UnknownPrimitive(eqn)
     signed, unsigned = kinds[width]
 
     def run(key):
