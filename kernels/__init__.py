@@ -17,5 +17,5 @@ from ._grouped import grouped_matmul as grouped_matmul
 from ._matmul import matmul as matmul
 from ._prepare import prepare as prepare
 from ._take import take as take
-from .triton import _lowering as _gpu_lowering
+from .triton import _lowering as _lowering
 from .triton._target import lowering_for as lowering_for
