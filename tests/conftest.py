@@ -22,9 +22,17 @@ def rng(request):
 # Large tables of which the usual run takes a sample, by test function; the other rows are marked slow (`make test-slow`).
 SAMPLED = {
     "tests/kernels/test_cpu_schemes.py::test_equals_the_reference":
-        "w2a16_g32 w3a16_g128 w4a16 w4a16_g32 w4a16_g128_asym w5a16_g64 w7a16 w8a16 w8a8_dynamic w8a8_static_asym w8a8_block w4a8_dynamic "
-        "w4a8_dynamic_g128_asym w4a4_dynamic w4afp8_g128 llm_int8 int4wo_g32 fp8 fp8_dynamic fp8_block fp8_e5m2_w8a16 mxfp8 mxfp6 mxfp4 "
-        "mxfp4_a16 nvfp4 nvfp4_a16 nf4 nf4_dq fp4_bnb w4a16_g128_actorder",
+        "w2a16_g32 w3a16_g128 w4a16_g128_asym w5a16_g64 w8a16 w8a8_dynamic w8a8_static_asym w8a8_block w4a8_dynamic_g128_asym w4afp8_g128 "
+        "llm_int8 int4wo_g32 fp8 fp8_block mxfp6 mxfp4 mxfp4_dual nvfp4 nf4_dq w4a16_g128_actorder",
+    "tests/kernels/test_cpu_schemes.py::test_small_float_codes_bit_for_bit": "w8a8_block w4a4_dynamic fp8 fp8_dynamic mxfp4 nvfp4 mx_even",
+    "tests/kernels/test_cpu_schemes.py::test_activation_codes_are_shared": "float32-w8a8_dynamic bfloat16-nvfp4",
+    "tests/kernels/test_cpu_schemes.py::test_types_and_bias": "bfloat16-w8a8_dynamic float16-w4a16_g128",
+    "tests/kernels/test_cpu_schemes.py::test_experts": "w8a8_dynamic w4a16_g32 nvfp4 llm_int8",
+    "tests/kernels/test_cpu_schemes.py::test_stacks_and_batches": "w8a8_dynamic w4a16_g128 fp8",
+    "tests/kernels/test_cpu_schemes.py::test_int32_sums_bit_for_bit": "w8a8_dynamic w3a8_dynamic",
+    "tests/kernels/test_cpu_schemes.py::test_nan_and_infinity_stay_in_their_row": "w8a8_dynamic w4a16_g128",
+    "tests/kernels/test_cpu_schemes.py::test_blocks_of_ggml": "q4_0 q8_0 q4_k q6_k",
+    "tests/kernels/test_take.py::test_rows_are_those_of_dequantize": "w4a16_g128_asym-* int4wo_g32-* nf4_dq-*",
     "tests/kernels/test_matmul_oracle.py::test_experts_and_leading_axes_are_their_own_matmuls":
         "w4a8_dynamic_g32_asym nvfp4 w8a8_block nf4_dq",
     "tests/interop/test_cann_rules.py::test_integer_sums_are_exact":

@@ -4,7 +4,7 @@ For every shape (in x out) and number of rows the candidates take turns, so that
 printed is the median over the turns of (time of XLA float32) / (time of the candidate), of (time of the best peer of the same scheme) /
 (time of ours), and of (floor) / (time of ours). The floor is the longer of packed bytes over the measured copy bandwidth and of
 multiply-adds over the measured peak of the instruction that the scheme needs. Peers that are not installed are named and left out:
-torch, torchao, bitsandbytes, onnxruntime + onnx, qwix, llama_cpp.
+torch, torchao, bitsandbytes, onnxruntime + onnx, qwix. llama.cpp is compared in its own process, by its own `llama-bench`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ROWS = (1, 4, 16, 64, 256, 1024)
 RIVALS = {
     "w8a8_dynamic": ("torch int_mm", "torchao w8a8", "ort int8", "qwix w8a8"),
     "w8a16": ("torchao w8a16", "ort nbits8 f32"),
-    "w4a16_g128": ("ort nbits4 f32", "qwix w4a16", "llama.cpp q4_0"),
-    "w4a8_dynamic": ("ort nbits4 int8", "llama.cpp q4_0"),
+    "w4a16_g128": ("ort nbits4 f32", "qwix w4a16"),
+    "w4a8_dynamic": ("ort nbits4 int8",),
     "nf4": ("bnb nf4",),
 }
 """Scheme to the peers that compute the same thing, or something close: integer dots of 4-bit weights have groups elsewhere."""
@@ -150,14 +150,7 @@ def qwix_peers(w):
             "qwix w4a16": lambda x: lambda: jax.block_until_ready(w4a16(x, four))}
 
 
-def llama_peers(w):
-    """ggml's q4_0 product through the library that llama-cpp-python brings."""
-    import llama_cpp
-    raise NotImplementedError(f"llama_cpp {llama_cpp.__version__} is here, but its ggml graph is not driven by this script yet")
-
-
-PEERS = (("torch", torch_peers), ("torchao", torchao_peers), ("bitsandbytes", bnb_peers), ("onnxruntime", ort_peers), ("qwix", qwix_peers),
-         ("llama_cpp", llama_peers))
+PEERS = (("torch", torch_peers), ("torchao", torchao_peers), ("bitsandbytes", bnb_peers), ("onnxruntime", ort_peers), ("qwix", qwix_peers))
 
 
 def peers(w, missing: set):

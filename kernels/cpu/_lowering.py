@@ -16,7 +16,6 @@ from .. import _reference
 from .._dispatch import Call
 from . import _library
 from ._activation import (
-    CODES,
     FLOAT,
     GIVEN,
     GROUP,
@@ -53,7 +52,8 @@ def supports(call: Call, platform: str) -> str | None:
 
 def _supports_quantize(call: Call) -> str | None:
     spec = call.spec
-    integer = spec.rounding == "rne" and spec.scale_dtype == "float32" and (spec.granularity.kind == "tensor" or spec.zero is None and spec.scale_rule == "amax")
+    inside = spec.granularity.kind == "tensor" or spec.zero is None and spec.scale_rule == "amax"
+    integer = inside and spec.rounding == "rne" and spec.scale_dtype == "float32"
     if not integer if code(spec.code).integer else float_attributes(spec) is None:
         return f"activations in {spec.code} with these rules are quantized by XLA"
     return _float_reason("x", call.x[0])
@@ -195,7 +195,8 @@ def quantize_activation(call: Call, x, *extra):
     empty = jnp.zeros(0, jnp.float32)
     calibrated = (*extra, None, None)[:2]
     scale, zero = given(x.astype(jnp.float32), spec, *calibrated, call.scope)
-    results = jax.ShapeDtypeStruct((rows, columns), jnp.int8 if element.integer else element.dtype), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
+    stored = jnp.int8 if element.integer else element.dtype
+    results = jax.ShapeDtypeStruct((rows, columns), stored), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
     bounds = (lowest(spec) if element.integer else -element.highest, element.highest)
     codes, found = jax.ffi.ffi_call("qfunc_quantize", results)(
         x.reshape(rows, columns), empty if scale is None else scale, empty if zero is None else zero,
@@ -212,7 +213,8 @@ def take(call: Call, ids, *leaves):
     w = call.packed.build(leaves).canonical
     operands, attributes = weight_operands(w)
     columns = w.matrix_shape[0]
-    values = jax.ffi.ffi_call("qfunc_take", jax.ShapeDtypeStruct((ids.size, columns), jnp.float32))(ids.reshape(-1), *operands, **attributes)
+    rows = jax.ShapeDtypeStruct((ids.size, columns), jnp.float32)
+    values = jax.ffi.ffi_call("qfunc_take", rows)(ids.reshape(-1), *operands, **attributes)
     if w.perm is not None:
         values = values[:, jnp.argsort(w.perm)]
     return values.astype(call.out_dtype).reshape(*ids.shape, columns)

@@ -95,5 +95,6 @@ def _ggml_operands(w: QTensor, count: int, columns: int) -> tuple[list, dict]:
     absent, empty = three(None, count), jnp.zeros(0, jnp.float32)
     operands = [three(w.codes, count), jnp.ones((count, 1, 1), jnp.float32), absent, absent, empty, empty, empty]
     name = w.scheme.weight.code
-    whole = dict(code=GGML[name], bits=block_type(name.removeprefix("gguf:")).id, offset=0, scale_type=SCALE["float32"], zero_kind=ZERO[None])
+    number = block_type(name.removeprefix("gguf:")).id
+    whole = dict(code=GGML[name], bits=number, offset=0, scale_type=SCALE["float32"], zero_kind=ZERO[None])
     return operands, {**{key: np.int32(value) for key, value in whole.items()}, "group": np.int64(columns), "share": np.int64(0)}

@@ -30,7 +30,7 @@ if isa is None:
 assert isa == sys.argv[1], isa
 rng = np.random.default_rng(int(sys.argv[2]))
 for name in ("w8a8_dynamic", "w4a8_dynamic_g128", "w3a16_g32", "w8a16_asym", "nvfp4_a16", "mxfp6_a16", "fp8_w8a16", "nf4_dq",
-             "w5a16", "w8a8_static_asym"):
+             "w5a16", "w8a8_static_asym", "fp8_dynamic", "nvfp4"):
     w = jnp.asarray(rng.standard_normal((384, 43)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((int(rng.choice([1, 3, 21])), 384)), jnp.float32)
     q = qfunc.quantize({"kernel": w}, name, calibration={"kernel": x})["kernel"]
@@ -113,7 +113,8 @@ def test_wrong_shapes_never_reach_a_pointer():
     empty = jnp.zeros(0, jnp.float32)
     small = dict(code=0, bits=8, offset=0, scale_type=1, zero_kind=0, mode=2)
     attributes = {**{name: np.int32(value) for name, value in small.items()}, "group": np.int64(64), "share": np.int64(1),
-                  "x_group": np.int64(64), "clip": np.float32(1), "lowest": np.float32(-127), "highest": np.float32(127), "limit": np.int64(131071), "divisor": np.float32(1),
+                  "x_group": np.int64(64), "clip": np.float32(1), "lowest": np.float32(-127), "highest": np.float32(127),
+                  "limit": np.int64(131071), "divisor": np.float32(1),
                   **{name: np.int32(0) for name in ("rule", "mantissa", "exponent", "sign", "bump", "emax")}}
 
     def call(codes, scale):

@@ -68,8 +68,8 @@ def test_int32_sums_bit_for_bit(rng, name):
 
 
 SPECS = {name: qfunc.scheme(name).activation for name in (
-    "w8a8_dynamic", "w4a4_dynamic", "w8a8_block", "w8a8_dynamic_tensor", "fp8", "fp8_dynamic", "fp8_block", "fp8_e5m2_dynamic", "mxfp8", "mxfp8_e5m2",
-    "mxfp6_a6", "mxfp4", "nvfp4", "nvfp4_token")}
+    "w8a8_dynamic", "w4a4_dynamic", "w8a8_block", "w8a8_dynamic_tensor", "fp8", "fp8_dynamic", "fp8_block", "fp8_e5m2_dynamic", "mxfp8",
+    "mxfp8_e5m2", "mxfp6_a6", "mxfp4", "nvfp4", "nvfp4_token")}
 RULES = {rule: dataclasses.replace(SPECS["mxfp4"], scale_rule=rule, code=code) for rule, code in (
     ("mx_floor", "fp4_e2m1"), ("mx_even", "fp6_e3m2"), ("mx_even1", "fp8_e4m3"), ("mx_ceil", "fp6_e2m3"), ("mx_ceil_x", "fp4_e2m1"))}
 

@@ -64,8 +64,9 @@ inline float nearest(float y, int32_t mantissa, int32_t exponent, float largest)
 inline uint8_t code_of(float value, const FloatFormat& f) {
   const uint32_t bits = to_bits(value) & 0x7fffffffu;
   const int32_t normal = static_cast<int32_t>(bits >> (23 - f.mantissa)) - ((126 + f.exponent) << f.mantissa);
-  const int32_t small = static_cast<int32_t>(from_bits(bits) * from_bits(static_cast<uint32_t>(127 + f.mantissa - f.exponent) << 23));
-  const int32_t code = bits > 0x7f800000u ? (1 << f.sign) - 1 : static_cast<int32_t>(bits >> 23) < 127 + f.exponent ? small : normal;
+  const bool below = static_cast<int32_t>(bits >> 23) < 127 + f.exponent;
+  const int32_t small = static_cast<int32_t>(from_bits(below ? bits : 0) * from_bits(static_cast<uint32_t>(127 + f.mantissa - f.exponent) << 23));
+  const int32_t code = bits > 0x7f800000u ? (1 << f.sign) - 1 : below ? small : normal;
   return static_cast<uint8_t>(code | static_cast<int32_t>(to_bits(value) >> 31 << f.sign));
 }
 

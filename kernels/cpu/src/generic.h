@@ -195,10 +195,13 @@ void int_tile(const Product& p, int64_t n0, int64_t n1) {
         for (int64_t r = 0; r < count; ++r) {
           for (int64_t b = 0; b < deep / kBlock; ++b) int_block(w, w.codes + (n + r) * w.row_bytes, k / kBlock + b, tile + r * kDeep + b * kBlock);
           if (p.x.zero)
-            for (int64_t i = 0; i < deep && k + i < w.k; ++i) {
-              const uint8_t byte = tile[r * kDeep + i];
-              codesums[r * segments + (segments == 1 ? 0 : (k + i) / p.segment)] +=
-                  (kSignedWeights ? static_cast<int32_t>(static_cast<int8_t>(byte)) : byte) - zeros[r * w.segments + (w.segments == 1 ? 0 : (k + i) / w.group)];
+            for (int64_t i = 0; i < deep && k + i < w.k;) {
+              const int64_t s = segments == 1 ? 0 : (k + i) / p.segment, ends = s + 1 == segments ? w.k : (s + 1) * p.segment;
+              const int64_t stop = (ends < k + deep ? ends : k + deep) - k, z = zeros[r * w.segments + (w.segments == 1 ? 0 : (k + i) / w.group)];
+              int32_t sum = 0;
+              for (int64_t j = i; j < stop; ++j) sum += kSignedWeights ? static_cast<int32_t>(static_cast<int8_t>(tile[r * kDeep + j])) : tile[r * kDeep + j];
+              codesums[r * segments + s] += sum - static_cast<int32_t>((stop - i) * z);
+              i = stop;
             }
         }
         for (int64_t m = 0; m < rows; m += kWidth) {

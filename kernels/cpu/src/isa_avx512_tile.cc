@@ -117,7 +117,8 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
   const int64_t own = scales_stride(w), kp = p.x.kp;
   const int64_t width = panel_width(p.x.rows), most = width == 32 ? kDeep / 2 : kDeep, padded = round_up(p.x.rows, width);
   const int64_t stride = (padded < kChunk ? round_up(padded, 16) : kChunk) + 16;  // a power of two would crowd a few sets of the cache
-  const int64_t block = block_rows(padded, padded * kp * 4, n1 - n0, shifted ? 2 * own : own);
+  // A wide panel is worth keeping in the first-level cache for several tiles, whatever the size of x.
+  const int64_t block = block_rows(padded, width == 32 ? INT64_MAX : padded * kp * 4, n1 - n0, shifted ? 2 * own : own);
   float* tile = thread_scratch<1>().get<float>(kMicro * kDeep);
   float* sums = thread_scratch<2>().get<float>(static_cast<size_t>(block * stride));
   float* scales = thread_scratch<0>().get<float>(static_cast<size_t>(block * 2 * own));

@@ -91,6 +91,15 @@ void int_micro(const Product& p, const uint8_t* tile, const IntPanel& panel, int
   }
 }
 
+inline int32_t sum_codes(const uint8_t* p, int64_t count) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 mask = count - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (count - i)) - 1;
+    sum = _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(mask, p + i), _mm512_set1_epi8(1));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
 template <int Bits, bool Flip>
 void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
   const Weight& w = *p.w;
@@ -135,11 +144,13 @@ void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
               _mm512_storeu_si512(to, lo);
               _mm512_storeu_si512(to + 64, hi);
             }
-            if (p.x.zero)  // sums of (code - zero) of every segment, for asymmetric activations
-              for (int64_t j = 0; j < deep && k + j < w.k; ++j) {
-                const int64_t s = segments == 1 ? 0 : (k + j) / p.segment;
-                codesums[(r + i) * segments + s] += tile[i * kDeep + j] - zero[r + i][w.segments == 1 ? 0 : (k + j) / w.group];
-              }
+            for (int64_t j = 0; p.x.zero && j < deep && k + j < w.k;) {  // sums of (code - zero) of every segment, for asymmetric activations
+              const int64_t s = segments == 1 ? 0 : (k + j) / p.segment, ends = s + 1 == segments ? w.k : (s + 1) * p.segment;
+              const int64_t length = (ends < k + deep ? ends : k + deep) - (k + j);
+              codesums[(r + i) * segments + s] +=
+                  sum_codes(tile + i * kDeep + j, length) - static_cast<int32_t>(length) * zero[r + i][w.segments == 1 ? 0 : (k + j) / w.group];
+              j += length;
+            }
           }
           if (live < kMicro) std::memset(tile + live * kDeep, 0, static_cast<size_t>((kMicro - live) * kDeep));
           const bool along = block == kMicro && k + deep < kp;    // what comes next: more of these rows, or the next ones
