@@ -40,6 +40,10 @@ FORMATS: dict[str, str] = {**{name: module.replace("_", "-") for name, module in
                            "w8a8_int8": "compressed-tensors", "w8a8_fp8": "compressed-tensors", "petit_nvfp4": "modelopt"}
 """Names that checkpoints of a family answer to."""
 
+CODES = {"fp8": "fp8", "w8a8_fp8": "fp8", "modelopt_fp8": "fp8", "blockwise_int8": "int8", "w8a8_int8": "int8", "modelopt_fp4": "fp4",
+         "petit_nvfp4": "fp4"}
+"""How the weights' element code begins, for names that say it: a family has checkpoints of several."""
+
 TOGETHER = {"nvfp4_online": (("gate_proj", "up_proj"), ("w1", "w3"))}
 """Scheme names under which two layers of an expert share the scale of their tensors: it is that of both, one beside the other."""
 
@@ -53,13 +57,16 @@ def load_online(path: Path, asked, progress: bool | None) -> Checkpoint:
     name = asked.lower() if isinstance(asked, str) else None
     family, source = (None, None) if is_gguf(path) else open_source(path)
     found = "gguf" if is_gguf(path) else "float" if family is None else family.name
-    if name is not None and FORMATS.get(name) == found:
-        return load(path, progress=progress)
     if found == "gguf":
+        if name == found:
+            return load(path, progress=progress)
         raise ValueError(f"{path}: quantize= is for float and fp8 checkpoints, found a GGUF file")
-    if name in FORMATS and name not in ALIASES and name not in ONLINE and not _is_scheme(name):
+    if name in FORMATS and FORMATS[name] != found and name not in ALIASES and name not in ONLINE and not _is_scheme(name):
         raise ValueError(f"quantize={asked!r} is a format of checkpoints, and {path} is one of {found}; name a scheme, such as w4a16_g128")
     plan = make_plan(source, family)
+    codes = {leaf.scheme.weight.code for leaf in plan.leaves if leaf.members}
+    if FORMATS.get(name) == found and (name not in CODES or any(code.startswith(CODES[name]) for code in codes)):
+        return load(path, progress=progress)
     tree: dict[str, Any] = {}
     for leaf in plan.leaves:
         if leaf.members:
@@ -79,7 +86,10 @@ def load_online(path: Path, asked, progress: bool | None) -> Checkpoint:
     for first, second in pairs:
         _part(params, first, second)
     dtype = logical_dtype(source.config, plan)
-    params = jax.tree.map(lambda leaf: leaf.as_it_is(dtype) if isinstance(leaf, Source) else leaf, params, is_leaf=_packed)
+
+    def settled(leaf):
+        return leaf.as_it_is(dtype) if isinstance(leaf, Source) else leaf if _packed(leaf) else jnp.asarray(leaf)
+    params = jax.tree.map(settled, params, is_leaf=_packed)
     schemes: dict[str, Scheme] = {"/".join(key.key for key in keys): leaf.scheme for keys, leaf in jax.tree_util.tree_flatten_with_path(
         params, is_leaf=_packed)[0] if _packed(leaf)}
     source.config.setdefault("dtype", dtype)

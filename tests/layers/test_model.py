@@ -81,12 +81,9 @@ def test_a_float_model_computes_and_generates(dense):
             model(ids)
 
     new = model.generate(IDS, max_new_tokens=6)
-    greedy, text = [], IDS
-    for _ in range(6):
-        greedy.append(np.asarray(model(text))[:, -1].argmax(-1))
-        text = np.concatenate([text, greedy[-1][:, None]], 1)
-    for row, want in zip(new, np.stack(greedy, 1), strict=True):
-        end = list(want).index(0) + 1 if 0 in want else 6
+    best = np.asarray(model(np.concatenate([IDS, new], 1))).argmax(-1)[:, 8:-1]
+    for row, want in zip(new, best, strict=True):
+        end = list(row).index(0) + 1 if 0 in row else 6
         assert list(row[:end]) == list(want[:end])
     pieces = list(model.generate(IDS, max_new_tokens=6, stream=True))
     np.testing.assert_array_equal(np.concatenate(pieces, 1), new)
@@ -116,15 +113,16 @@ def test_sampling_keeps_to_the_nucleus():
 
 
 @pytest.mark.parametrize(("scheme", "limit"), [("w8a16", 0.02), ("w8a8_dynamic", 0.04), ("w4a16_g128", 0.25), ("fp8", 0.1), ("mxfp8", 0.1)])
-def test_quantized_while_loading_is_quantized_after(dense, moe, scheme, limit):
-    for folder in (dense, moe):
-        plain = qfunc.load_model(folder)
-        after, online = plain.quantize(scheme), qfunc.load_model(folder, quantize=scheme)
-        assert jax.tree.structure(after.params) == jax.tree.structure(online.params)
-        jax.tree.map(np.testing.assert_array_equal, after.params, online.params)
-        assert online.nbytes < 0.75 * plain.nbytes
-        assert relative(online(IDS), plain(IDS)) < limit
-        assert online.generate(IDS, max_new_tokens=3).shape[0] == 2
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_quantized_while_loading_is_quantized_after(kind, scheme, limit, request):
+    folder = request.getfixturevalue(kind)
+    plain = qfunc.load_model(folder)
+    after, online = plain.quantize(scheme), qfunc.load_model(folder, quantize=scheme)
+    assert jax.tree.structure(after.params) == jax.tree.structure(online.params)
+    jax.tree.map(np.testing.assert_array_equal, after.params, online.params)
+    assert online.nbytes < 0.75 * plain.nbytes
+    assert relative(online(IDS), plain(IDS)) < limit
+    assert online.generate(IDS, max_new_tokens=3).shape[0] == 2
 
 
 def test_rules_of_online_methods(moe, dense):
@@ -237,7 +235,9 @@ def fp8_blocks(found: dict) -> dict:
 
 def test_fp8_blocks_are_quantized_again(moe, tmp_path):
     quant = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    folder = checkpoint(tmp_path / "fp8", fp8_blocks(tensors(MOE)), config={**MOE, "torch_dtype": "bfloat16", "quantization_config": quant})
+    small = {**MOE, "num_hidden_layers": 1, "num_experts": 2}
+    config = {**small, "torch_dtype": "bfloat16", "quantization_config": quant}
+    folder = checkpoint(tmp_path / "fp8", fp8_blocks(tensors(small)), config=config)
     source, online = qfunc.load_model(folder), qfunc.load_model(folder, quantize="nvfp4_online")
     own, new = (m.params["model"]["layers"]["0"] for m in (source, online))
     assert own["mlp"]["experts"]["up_proj"]["kernel"].scheme.name == new["self_attn"]["q_proj"]["kernel"].scheme.name == "fp8_block"
@@ -251,8 +251,9 @@ def test_fp8_blocks_are_quantized_again(moe, tmp_path):
     for w, q in zip(wide, (gate, up), strict=True):
         assert relative(q.dequantize("float32"), w) < 0.12 and q.shape == w.shape
     assert relative(online(IDS).astype(jnp.float32), source(IDS).astype(jnp.float32)) < 0.3
-    again = qfunc.load_model(folder, quantize={"*experts*": "mxfp4", "*": None})
-    assert again.params["model"]["layers"]["1"]["mlp"]["experts"]["down_proj"]["kernel"].scheme.name == "mxfp4"
+    for asked, scheme in (("fp8", "fp8_block"), ({"*/experts/*": "blockwise_int8", "*": None}, "w8a8_block")):
+        loaded = qfunc.load_model(folder, quantize=asked).params["model"]["layers"]["0"]["mlp"]["experts"]
+        assert loaded["up_proj"]["kernel"].scheme.name == scheme
     with pytest.raises(ValueError, match="w8a8_dynamic"):
         qfunc.load_model(DATA / "ct-w8a8-int8-dynamic", quantize="w4a16")
 
