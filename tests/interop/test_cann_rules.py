@@ -311,3 +311,55 @@ def test_a_note_says_which_activations_are_composed(rng, calls, scheme, native):
     calls.clear()
     cann.linear(w, _torch(npu_weights.activation(rng, 3, 512), "bfloat16"))
     assert bool(w.note) != native and any("quant" in name and "matmul" not in name for name, *_ in calls) == native
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16_g32_asym"])
+def test_a_stack_of_layers_is_placed_one_by_one_and_serves_as_experts_too(rng, calls, scheme):
+    from qfunc.interop import cann
+    q = npu_weights.weight(rng, scheme, 64, 16, experts=3)
+    layers = cann.place({"layers": {"kernel": q}}, "cpu", "A2")["layers"]["kernel"]
+    experts = _place(q, "A2")
+    assert len(layers.children) == 3 and layers[1] is layers.children[1] and layers.nbytes == sum(layers[i].nbytes for i in range(3))
+    pairs = zip(jax.tree.leaves(layers.restore()), jax.tree.leaves(q), strict=True)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+    x = _torch(npu_weights.activation(rng, 5, 64), "bfloat16")
+    sizes = torch.tensor([2, 1, 2])
+    assert torch.equal(cann.grouped_matmul(layers, x, sizes), cann.grouped_matmul(experts, x, sizes))
+    assert torch.equal(cann.linear(experts[2], x), cann.linear(layers[2], x)) and layers.form(True) is layers.form(True)
+    with pytest.raises(ValueError, match="one matrix"):
+        cann.linear(experts, x)
+    with pytest.raises(IndexError, match="no leading axis"):
+        layers[0][0]
+
+
+# (scheme, what divides K, what divides N, largest code of the activation)
+ODD = (("w8a8_dynamic", 1, 1, 127), ("w6a8_dynamic", 1, 1, 127), ("w4a4_dynamic", 8, 1, 7), ("w4a16_asym", 1, 8, 0),
+       ("w8a16_g32_asym", 32, 1, 0), ("w4a8_dynamic_g32", 32, 8, 127))
+
+
+def test_odd_shapes_against_plain_numpy(rng, calls):
+    # A second reference, without JAX: integers in int64, scales in float64.
+    from qfunc._codes import code
+    from qfunc._pack import unpack
+    from qfunc.interop import cann
+    for _ in range(24):
+        scheme, step, rows, top = ODD[rng.integers(len(ODD))]
+        columns, outs, tokens = step * int(rng.integers(2, 160 // step + 3)), rows * int(rng.integers(1, 40)), int(rng.integers(1, 7))
+        q = npu_weights.weight(rng, scheme, columns, outs)
+        q = q.replace(scale=q.scale.astype(jnp.bfloat16).astype(jnp.float32))
+        x = npu_weights.activation(rng, tokens, columns)
+        y = cann.linear(_place(q, "A2"), _torch(x, "bfloat16")).to(torch.float32).numpy()
+        element = code(q.scheme.weight.code)
+        codes = np.asarray(q.codes)
+        values = (unpack(codes, element.bits, columns) if element.packed else codes).astype(np.float64) - element.offset
+        wide = [np.repeat(np.asarray(leaf, np.float64), -(-columns // leaf.shape[-1]), -1)[:, :columns] for leaf in (
+            q.scale, q.zero if q.zero is not None else np.zeros_like(q.scale))]
+        matrix, seen = (values - wide[1]) * wide[0], x.astype(np.float64)
+        if top:
+            size = np.abs(x).max(-1, keepdims=True) / np.float32(top)
+            size = np.where(size == 0, np.float32(1), size)
+            seen = np.round(x / size).astype(np.float64) * size
+        exact = seen @ matrix.T
+        unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), 1e-30))) - 7)
+        bound = (2 if "g32" in scheme else 1) * unit + 1e-5 * np.abs(exact).max(initial=1e-30)
+        assert (np.abs(y - exact) <= bound).all(), (scheme, columns, outs, tokens)
