@@ -13,6 +13,7 @@ import linecache
 import math
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._image import Image, KernelError, Program, cache_dir, compiled, function, write
+from ._image import Image, KernelError, Program, compiled, function
 
 TARGET = "triton_kernel_call_ffi"
 """The custom call of XLA that runs an image."""
@@ -86,11 +87,11 @@ def call(program: Program, arguments: Sequence[Operand | Result | Scalar], grid:
 def _code_or_path(program: Program, image: Image) -> str:
     if not image.target.startswith("gfx"):
         return image.code.decode()
-    # jaxlib reads an HSACO from the path that stands in the place of the PTX.
-    path = cache_dir() / f"{program.key(image.target)}.hsaco"
-    if not path.exists():
-        write(path, image.code)
-    return str(path)
+    # jaxlib reads an HSACO from the path that stands in the place of the PTX, and then deletes the file: each call has its own.
+    handle, path = tempfile.mkstemp(suffix=".hsaco", prefix=f"qfunc-{program.key(image.target)[:12]}-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(image.code)
+    return path
 
 
 def _payload(program: Program, image: Image, arguments, aligned, sizes, grid) -> bytes:

@@ -92,6 +92,11 @@ def program_of(launch: Launch) -> _image.Program:
 def execute(launch: Launch, arrays, target: str) -> list[jax.Array]:
     """Run a launch in the function that is being traced; returns its results."""
     present, indices = dict(launch.arrays), {name: i for i, (name, _) in enumerate(launch.results)}
+    # The custom call sees addresses alone: an array of another type or size would be read as garbage.
+    for (name, wanted), array in zip(launch.arrays, arrays, strict=True):
+        if (array.shape, np.dtype(array.dtype)) != (wanted.shape, np.dtype(wanted.dtype)):
+            raise _image.KernelError(f"{launch.kernel.name}: {name} was described as {wanted.dtype} {wanted.shape}, "
+                                     f"found {array.dtype} {array.shape}")
     arguments = []
     for name, kind in launch.signature.items():
         if name in present:

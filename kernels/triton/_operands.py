@@ -33,7 +33,7 @@ def activation(call: Call, *operands, quantize) -> tuple:
         if w.smooth is not None:
             value = value.astype(jnp.float32) * _by_row(w.smooth, call, value.ndim, owner).astype(jnp.float32)
         if spec is None:
-            x = (value,)
+            x = (value.astype(x[0].dtype),)         # the type that the launch was described with, and that is multiplied
         elif owner is None:
             x = quantize(value, _calibrated(w, spec), call.scope)
         else:

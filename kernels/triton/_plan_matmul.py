@@ -106,7 +106,8 @@ def _refuse_sizes(call: Call, target: Target) -> str | None:
 
 def _refuse_integer(call: Call, target: Target) -> str | None:
     if not is_integer(call):
-        return None
+        asymmetric = call.spec is not None and call.spec.zero is not None
+        return "zero points of the activation in a product that is not of integers" if asymmetric else None
     columns, spec, w = call.x[0].shape[-1], call.spec, call.packed.scheme.weight
     smallest = min(weight_group(call), activation_group(call))
     if smallest < min(INTEGER_RUN, columns):

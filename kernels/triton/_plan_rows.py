@@ -38,6 +38,8 @@ def refusal(call: Call, target: Target) -> str | None:
         return f"groups of {size}: expected a power of two from 16 to {CHUNK}"
     if spec.zero is not None and (spec.granularity.kind == "group" or not code(spec.code).integer):
         return "zero points for groups of the activation"
+    if spec.outer is not None and spec.granularity.kind != "group":
+        return f"an outer scale over scales per {spec.granularity.kind}"
     if spec.outer is None and spec.scale_rule not in ("amax", "amax_half", "minmax", *_scales.MX):
         return f"activation scales by the rule {spec.scale_rule!r}"
     return None
