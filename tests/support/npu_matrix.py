@@ -282,7 +282,7 @@ def _refusals(scheme, kind, columns, outs, extra, soc, refusal):
 
 def main(arguments) -> int:
     import npu_cpu
-    npu_cpu.npu_host.host()
+    npu_cpu.npu_host.load()
     start, totals, faults, where = time.time(), Counter(), [], defaultdict(Counter)
     for row, kind, model, layer, tp, columns, outs, extra in cases():
         for soc in ("A2", "A3", "A5"):
