@@ -66,7 +66,7 @@ SAMPLED = {
     "tests/layers/test_families.py::test_steps_equal_transformers":
         "llama mistral qwen2 qwen3 qwen2_moe qwen3_moe mixtral gemma gemma2 gemma3_text gpt_oss deepseek_v2 deepseek_v3",
     "tests/layers/test_families.py::test_families_over_two_devices": "deepseek_v3-ep gpt_oss-tp",
-    "tests/layers/test_model.py::test_quantized_while_loading_is_quantized_after": "w4a16_g128*",
+    "tests/layers/test_model.py::test_quantized_while_loading_is_quantized_after": "moe-w4a16_g128*",
     "tests/layers/test_model.py::test_quantized_caches": "int8 fp8_e4m3_token",
     "tests/layers/test_model.py::test_prompts_of_different_lengths_do_not_see_their_padding": "dense",
     "tests/layers/test_model.py::test_stacked_layers_give_the_numbers_of_unrolled_ones": "dense*",
