@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._build import UnknownPrimitive, device, rule
+from ._lax_elementwise import every
 
 
 def _collective(eqn, scope, names):
@@ -17,16 +18,19 @@ def _collective(eqn, scope, names):
     return found
 
 
+def _each(eqn, reduce):
+    """The reduction of every operand; how many there are depends on the version of JAX."""
+    return (lambda *operands: [reduce(x) for x in operands]) if eqn.primitive.multiple_results else every(eqn, reduce)
+
+
 @rule("psum", "psum_invariant")
 def _psum(eqn, scope):
-    hook = _collective(eqn, scope, eqn.params["axes"])
-    return lambda *operands: [hook.sum(x) for x in operands]
+    return _each(eqn, _collective(eqn, scope, eqn.params["axes"]).sum)
 
 
 @rule("pmax")
 def _pmax(eqn, scope):
-    hook = _collective(eqn, scope, eqn.params["axes"])
-    return lambda *operands: [hook.max(x) for x in operands]
+    return _each(eqn, _collective(eqn, scope, eqn.params["axes"]).max)
 
 
 @rule("all_gather")
