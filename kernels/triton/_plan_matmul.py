@@ -196,10 +196,11 @@ def largest_tile(call: Call, target: Target) -> tuple[int, int]:
     """
     call = coded(call)
     dot = arithmetic(call, target)
-    fresh = min(weight_group(call), activation_group(call)) < call.x[0].shape[-1] or dot in ("e4m3", "e5m2")
-    decoded = dot not in ("s8", "e4m3", "e5m2")
-    hopper = target.backend == "cuda" and target.arch == 90
-    largest = 64 * 128 if fresh and (decoded or target.backend == "hip") and not hopper else 128 * 128 if fresh or decoded else 128 * 256
+    scaled = min(weight_group(call), activation_group(call)) < call.x[0].shape[-1]
+    fresh, decoded = scaled or dot in ("e4m3", "e5m2"), dot not in ("s8", "e4m3", "e5m2")
+    hopper, later = target.arch == 90, target.backend == "cuda" and target.arch > 90
+    tight = not hopper and fresh and (decoded or target.backend == "hip") or later and scaled
+    largest = 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded else 64 * 128
 
