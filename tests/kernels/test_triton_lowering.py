@@ -1,5 +1,6 @@
 """Lowering for GPUs on a machine without one: what is called, under every transformation, and why something is not."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -276,6 +277,28 @@ def test_xla_products_equal_the_reference(rng, hopper, scheme):
     want = np.asarray(_reference.matmul(call, *operands), np.float32)
     # Dequantized operands are rounded to 8 bits of mantissa once each, the result once more.
     assert np.linalg.norm(got - want) <= 2**-7 * np.linalg.norm(want)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_are_really_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("QFUNC_TRITON_CACHE", str(tmp_path))
+    monkeypatch.setattr(_image, "_images", {})
+    q, experts = shapes("w4a8_dynamic"), shapes("w4a16_g128", batch=(4,))
+
+    def step(ids, q, experts, sizes):
+        x = qfunc.take(q, ids)[:, :512].astype(jnp.bfloat16)
+        y = qfunc.matmul(x, q)
+        return y, qfunc.grouped_matmul(x, experts, sizes)
+
+    operands = jax.ShapeDtypeStruct((20,), jnp.int32), q, experts, jax.ShapeDtypeStruct((4,), jnp.int32)
+    with _target.lowering_for("sm_90"):
+        got = found(step, *operands)
+    assert lowered.kernels(got) == Counter(take=1, quantize_rows=1, dense=1, grouped=1)
+    images = [_image.Image.from_bytes(path.read_bytes()) for path in tmp_path.rglob("*.gz")]
+    assert {image.name for image in images} == {"take", "quantize_rows", "dense", "grouped"}
+    code = {image.name: image.code.decode() for image in images}
+    assert all(".target sm_90a" in text for text in code.values())
+    assert "wgmma.mma_async" in code["dense"] and ".s8.s8" in code["dense"] and "wgmma.mma_async" in code["grouped"]
 
 
 def test_import_touches_neither_triton_nor_a_device():
