@@ -1,4 +1,4 @@
-"""qfunc: quantization formats as pure functions over pytrees of packed weights, for JAX on CPU, GPU and Ascend.
+"""qfunc: quantization formats as pure functions over pytrees of packed weights, for JAX.
 
     q = qfunc.quantize(params, "w8a8_dynamic")      # any pytree
     y = qfunc.matmul(x, q["mlp"]["kernel"])         # or x @ q["mlp"]["kernel"]
