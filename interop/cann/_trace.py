@@ -84,10 +84,11 @@ class TorchFunction:
             leaves.append(leaf)
             places.append(i)
             signature.append(abstract)
-        key = (tree, tuple(places), tuple(others), tuple(map(_hashable, signature)), jax.config.jax_enable_x64)
+        held = [_held(leaf) for leaf in leaves]
+        key = (tree, tuple(places), tuple(others), tuple(map(_hashable, signature)), tuple(held), jax.config.jax_enable_x64)
         traced = self._traces.get(key)
         if traced is None:
-            traced = self._traces[key] = self._trace(tree, places, others, signature, [_held(leaf) for leaf in leaves])
+            traced = self._traces[key] = self._trace(tree, places, others, signature, held)
             if len(self._traces) > PROGRAMS:
                 self._traces.popitem(last=False)
         else:
