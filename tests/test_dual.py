@@ -29,7 +29,7 @@ def by_hand(row):
     return scales, values
 
 
-@pytest.mark.parametrize("columns", [96, 512, 800, 1024])
+@pytest.mark.parametrize("columns", [pytest.param(512, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow), 96, 800])
 def test_weights_and_activations_by_the_formula(columns, rng):
     w = (rng.standard_normal((columns, 6)) * np.exp(2 * rng.standard_normal((columns, 1)))).astype(np.float32)
     w[:32] = 0

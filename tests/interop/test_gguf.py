@@ -19,8 +19,8 @@ TYPES = np.load(DATA.parent / "ggml_types.npz")
 KIND = package.GGMLQuantizationType
 
 
-@pytest.mark.parametrize("name", sampled(sorted({key.partition("/")[0] for key in TYPES.files}), "q4_0", "q8_0", "q3_k", "q6_k", "iq2_xs",
-                                         "iq4_nl", "iq1_m", "tq1_0", "mxfp4", "nvfp4"))
+@pytest.mark.parametrize("name", sampled(sorted({key.partition("/")[0] for key in TYPES.files}), "q4_0", "q6_k", "iq2_xs", "iq1_m", "tq1_0",
+                                         "nvfp4"))
 def test_ggmls_own_floats(name):
     raw, want = TYPES[f"{name}/raw"], TYPES[f"{name}/float"]
     for run in (gguf.decode, jax.jit(gguf.decode, static_argnums=(1, 2))):
