@@ -89,7 +89,10 @@ void int_stream_bits(const Product& p, int64_t n0, int64_t n1) {
 namespace avx512 {
 
 
-bool int_stream_ok(const Product& p) { return p.x.zero == nullptr && (p.x.sum_segments == 1 || p.segment % kBlock == 0); }
+// With several segments more than four rows do not leave registers for both of their sums, and panels are faster.
+bool int_stream_ok(const Product& p) {
+  return p.x.zero == nullptr && (p.x.sum_segments == 1 || (p.segment % kBlock == 0 && p.x.rows <= 4));
+}
 
 void int_stream(const Product& p, int64_t n0, int64_t n1) {
   switch (p.w->lowbits()) {

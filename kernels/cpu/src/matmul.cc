@@ -181,6 +181,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     Plan p{slice, false, 0, 0, 0, 0, 0, 0, matrices.at(slice.matrix)};
     Product probe{};
     probe.x.zero = a.zero;
+    probe.x.rows = slice.rows;
     probe.x.sum_segments = job.segments;
     probe.segment = segment;
     p.stream = slice.rows <= (integer ? kernels.int_rows : kernels.float_rows) && (!integer || kernels.int_stream_ok(probe));
