@@ -67,7 +67,7 @@ def test_unknown_instruction_set_says_so():
 def test_two_threads_at_once(rng):
     w = jnp.asarray(rng.standard_normal((512, 600)), jnp.float32)
     calls = []
-    names = ("w8a8_dynamic", "w4a16_g128"):
+    for name in ("w8a8_dynamic", "w4a16_g128"):
         q = qfunc.quantize({"kernel": w}, name)["kernel"]
         f = jax.jit(qfunc.matmul)
         for rows in (1, 33):
