@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# An editable install knows the packages that there were when it was made.
+PACKAGES := $(wildcard */__init__.py */*/__init__.py)
 NATIVE := CMakeLists.txt $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/src/*)
 
 .PHONY: env demo test test-slow test-gpu-offline conformance clean
@@ -12,7 +14,7 @@ env: $(STAMP)
 # The CUDA plugin is taken without its dependencies: alone it is 8 MB, changes nothing on a machine without a GPU, and writes what the
 # bridge to Triton is compared with.
 # No build isolation: the native code must be built against the jaxlib that will load it.
-$(STAMP): pyproject.toml $(NATIVE)
+$(STAMP): pyproject.toml $(PACKAGES) $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
