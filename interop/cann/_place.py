@@ -200,12 +200,12 @@ def _dequantized(base: Placed, leaves: dict[str, torch.Tensor], kind: str | None
     return base
 
 
-_dequantized = jax.jit(dequantize_matrix)      # op by op, a block format compiles a hundred small programs
+_decode = jax.jit(dequantize_matrix)      # op by op, a block format compiles a hundred small programs
 
 
 def _matrix(packed: Packed, leaves: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     q = packed.build([jnp.asarray(to_numpy(leaf)) for leaf in leaves.values()])
-    matrix = _dequantized(q)
+    matrix = _decode(q)
     if q.smooth is not None:
         matrix = matrix * q.smooth.astype(jnp.float32)[..., None, :]
     return torch.from_numpy(np.array(matrix)).to(dtype)
