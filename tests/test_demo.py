@@ -69,6 +69,7 @@ def test_every_pattern_of_near_doubles_names_a_row():
         assert any(fnmatchcase(name, pattern) for name in qfunc.schemes), pattern
 
 
+@pytest.mark.slow
 def test_capture_gives_the_inputs_of_the_matmuls():
     from qfunc.interop.encoder import load_encoder
     encoder = load_encoder()

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 
 
+@pytest.mark.gpu_offline
 def test_every_transformation_equals_the_reference():
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"        # everything is compiled for one run
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", "XLA_FLAGS": cheap}

@@ -100,6 +100,7 @@ def test_steps_equal_transformers(case, built):
     assert int(cache["length"]) == 12
 
 
+@pytest.mark.slow
 def test_latent_rows_in_a_quantized_cache(tmp_path):
     _, params, config = build("deepseek_v2", tmp_path)
     ids = np.random.default_rng(1).integers(3, 96, (2, 8))

@@ -233,6 +233,7 @@ def fp8_blocks(found: dict) -> dict:
     return out
 
 
+@pytest.mark.slow
 def test_fp8_blocks_are_quantized_again(moe, tmp_path):
     quant = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     small = {**MOE, "num_hidden_layers": 1, "num_experts": 2}
@@ -319,6 +320,7 @@ def test_prompts_of_different_lengths_do_not_see_their_padding(kind, request):
         model.generate([[1, 2], []])
 
 
+@pytest.mark.slow
 def test_what_a_row_draws_is_its_own(dense):
     model = qfunc.load_model(dense)
     model.config = model.config.replace(eos=())

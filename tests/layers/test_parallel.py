@@ -99,6 +99,7 @@ def test_quantized_logits(found, axis, scheme):
     assert relative(steps, one) < 2 * SCHEMES[scheme]
 
 
+@pytest.mark.slow
 def test_generation_and_texts_split_over_devices():
     params, config = case("dense")
     packed = qfunc.quantize(params, "w4a16_g128")
