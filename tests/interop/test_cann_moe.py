@@ -77,7 +77,7 @@ def test_the_flow_equals_the_layer(rng, calls, first, second, soc, expected):
     ref = np.asarray(_layer(params, jnp.asarray(x).astype(jnp.bfloat16), jnp.asarray(weights), jnp.asarray(choice)).astype(jnp.float32))
     error = np.abs(y.to(torch.float32).numpy() - ref).mean() / np.abs(ref).mean()
     # Roundings in other places: of the inner activation to 8 bits and of each result to 16.
-    assert error < 0.02, error
+    assert error < (0.03 if first.startswith(("ocp", "mx")) else 0.02), error
 
 
 def test_another_activation_runs_outside_the_fused_operators(rng, calls):
