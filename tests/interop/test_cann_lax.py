@@ -26,9 +26,7 @@ def agree(function, *args, exact=False):
         if exact or g.dtype.kind != "f":
             np.testing.assert_array_equal(g, w)
         else:
-            # XLA contracts a product and a sum into one rounding: the error is relative to what was added, not to the result.
-            largest = np.abs(w[np.isfinite(w)]).max(initial=1) if w.dtype.kind == "f" else 1
-            np.testing.assert_allclose(g, w, rtol=3e-6, atol=1e-6 * min(largest, 100))
+            np.testing.assert_allclose(g, w, rtol=3e-6, atol=1e-6)
 
 
 UNARY = ["neg", "abs", "sign", "floor", "ceil", "is_finite", "round", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "cbrt",
@@ -202,7 +200,8 @@ def test_control_flow(rng):
         assert torch.equal(got, torch.tensor(x) * (min(max(which, 0), 2) + 1))
     agree(lambda x: lax.cond(x[0, 0] > 100, lambda: lax.while_loop(lambda c: c.sum() < 1e9, lambda c: c, x), lambda: x), x)
     agree(lambda x: (jax.nn.relu(x), jax.nn.gelu(x), jax.nn.silu(x), jax.nn.softmax(x), jax.nn.logsumexp(x), jax.checkpoint(jnp.sin)(x)), x)
-    agree(jax.grad(lambda x: (jnp.tanh(x @ x.T) ** 2).sum()), x)
+    # Small numbers, since 1 - tanh^2 near 1 keeps few digits of whatever computes it.
+    agree(jax.grad(lambda x: (jnp.tanh(x @ x.T) ** 2).sum()), x / 4)
     agree(jax.vmap(lambda r: lax.fori_loop(0, 3, lambda i, c: c + r, r)), x)
 
 

@@ -168,8 +168,8 @@ def only_ties_differ(theirs, rows):
     rows = np.asarray(rows, np.float64)
     quotient = rows / (np.abs(rows).max(1, keepdims=True).astype(np.float32) / np.float32(127))
     codes = np.rint(quotient.astype(np.float32)).astype(np.int64)
-    # Three float32 roundings of a quotient up to 127, each of at most 4e-6, on either side.
-    halfway = np.abs(np.abs(quotient - np.trunc(quotient)) - 0.5) < 5e-5
+    # Three float32 roundings, on either side, of what the quotient is made of.
+    halfway = np.abs(np.abs(quotient - np.trunc(quotient)) - 0.5) <= 3 * 2.0**-24 * np.abs(quotient)
     assert (codes == theirs)[~halfway].all() and np.abs(codes - theirs).max() <= 1
     return codes
 
