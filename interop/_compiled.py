@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 
 import numpy as np
 
@@ -23,15 +24,16 @@ SIGNATURES = {
 
 @functools.cache
 def functions() -> dict | None:
-    """The library's functions by name, None where it is not there or was built before they were."""
+    """The library's functions by name; None, after one FallbackWarning, where it is not there or was built before they were."""
+    from qfunc.kernels import FallbackWarning
     from qfunc.kernels.cpu import _library
     path = _library._find()
-    if path is None:
-        return None
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path)) if path is not None else None
         found = {name: getattr(library, name) for name in SIGNATURES}
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        reason = "qfunc was installed without its native kernels" if path is None else f"{error}; install qfunc again"
+        warnings.warn(f"checkpoints are repacked by numpy, several times slower: {reason}", FallbackWarning, stacklevel=2)
         return None
     for name, function in found.items():
         function.argtypes, function.restype = SIGNATURES[name], None

@@ -29,8 +29,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def matmul(call: Call, *operands):
     """y [*batch, *rows, N] = x [*batch, *rows, K] @ w (+ bias [*batch, N]), cast to `call.out_dtype` at the end."""
+    return batched(call, functools.partial(_matmul, call.spec, call.scope - call.batch), operands)
+
+
+def batched(call: Call, function, operands):
+    """function(parts of x, w) -> float32 [*rows, N] over the batch axes that x shares with w, plus the bias, cast to `call.out_dtype`."""
     x, w, _, bias = call.split(operands)
-    function = functools.partial(_matmul, call.spec, call.scope - call.batch)
     for _ in range(call.batch):
         function = jax.vmap(function)
     y = function(x, w)

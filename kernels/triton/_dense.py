@@ -11,6 +11,15 @@ GROUP_M = tl.constexpr(8)
 
 
 @triton.jit
+def scale_rows(n, N, GROUPS, SHARE: tl.constexpr):
+    """(rows of scales of a matrix, where those of the output channels n begin); SHARE channels have one row, 0 for all of them."""
+    if SHARE == 0:
+        return 1, n * 0
+    else:
+        return tl.cdiv(N, SHARE), n // SHARE * GROUPS
+
+
+@triton.jit
 def second_scale(scale, scale2, matrix, n, N, GROUPS, SCALE2: tl.constexpr):
     """(pointer to the second scales of a matrix, those of the output channels n); what there is none of is never read."""
     if SCALE2 == "matrix":
@@ -42,12 +51,7 @@ def dense(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table, l
     m = tl.where(rm < M, rm, 0)
     n = tl.where(rn < N, rn, 0)
 
-    if SHARE == 0:
-        s_rows = 1
-        s_row = n * 0
-    else:
-        s_rows = tl.cdiv(N, SHARE)
-        s_row = n // SHARE * GROUPS
+    s_rows, s_row = scale_rows(n, N, GROUPS, SHARE)
     steps = tl.cdiv(K, 128)
     each = tl.cdiv(steps, SPLIT)
     first = tl.program_id(1) * each

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._decode import along_m, along_n
-from ._dense import second_scale
+from ._dense import scale_rows, second_scale
 from ._product import product
 
 
@@ -55,12 +55,7 @@ def grouped(x, x_scale, x_zero, codes, scale, scale2, scale_offset, zero, table,
         if GATHER:
             src = tl.load(rows + m)
         matrix = group.to(tl.int64)
-        if SHARE == 0:
-            s_rows = 1
-            s_row = n * 0
-        else:
-            s_rows = tl.cdiv(N, SHARE)
-            s_row = n // SHARE * GROUPS
+        s_rows, s_row = scale_rows(n, N, GROUPS, SHARE)
         zx = m
         if X_ZERO:
             zx = tl.load(x_zero + src)

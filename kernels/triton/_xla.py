@@ -61,14 +61,7 @@ def matmul(call: Call, *operands):
     everything else in the 16-bit type of x."""
     if _integer(call):
         return _reference.matmul(call, *operands)
-    x, w, _, bias = call.split(operands)
-    function = functools.partial(_product, call, _half(call))
-    for _ in range(call.batch):
-        function = jax.vmap(function)
-    y = function(x, w)
-    if bias is not None:
-        y = y + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(call.batch, y.ndim - 1)))
-    return y.astype(call.out_dtype)
+    return _reference.batched(call, functools.partial(_product, call, _half(call)), operands)
 
 
 def _product(call: Call, half, x: tuple, w: QTensor):

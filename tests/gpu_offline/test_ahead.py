@@ -1,15 +1,11 @@
 """Every kernel compiled for every target without a GPU: it compiles, does not spill, fits, and holds the instruction that it should."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import compiled_rows
 import pytest
+import selected
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -19,13 +15,7 @@ OFFLINE = [pytest.param(name, marks=() if name in compiled_rows.USUAL else pytes
 @pytest.fixture(scope="module")
 def verdicts(request):
     """Verdict by row, of the rows of this module that were selected."""
-    wanted = [item.callspec.params["name"] for item in request.session.items
-              if item.path == request.path and "name" in getattr(getattr(item, "callspec", None), "params", {})]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    program = Path(__file__).parent / "run_ahead.py"
-    done = subprocess.run([sys.executable, str(program), "-"], input="\n".join(wanted), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {verdict["id"]: verdict for verdict in map(json.loads, done.stdout.splitlines())}
+    return selected.verdicts(request, "run_ahead.py")
 
 
 @pytest.mark.parametrize("name", OFFLINE)

@@ -1,13 +1,9 @@
 """Every kernel in Triton's interpreter, on the launches that `describe` makes: one process runs all cases, each case is one test."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import pytest
+import selected
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
@@ -18,13 +14,7 @@ OFFLINE = [pytest.param(name, marks=() if name in cases.USUAL else pytest.mark.g
 @pytest.fixture(scope="module")
 def verdicts(request):
     """Verdict by case, of the cases of this module that were selected."""
-    wanted = [item.callspec.params["name"] for item in request.session.items
-              if item.path == request.path and "name" in getattr(getattr(item, "callspec", None), "params", {})]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    program = Path(__file__).parent / "run_interpreter.py"
-    done = subprocess.run([sys.executable, str(program), "-"], input="\n".join(wanted), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {verdict["id"]: verdict for verdict in map(json.loads, done.stdout.splitlines())}
+    return selected.verdicts(request, "run_interpreter.py", TRITON_INTERPRET="1")
 
 
 def _products(verdict):

@@ -1,12 +1,16 @@
 """Every packing of the outside world, written down a second time in plain numpy, becomes the canonical one."""
 
+import ctypes.util
+
 import numpy as np
 import pytest
 
+import qfunc
 from qfunc._pack import pack
 from qfunc.interop import _compiled
 from qfunc.interop import _repack as repack
 from qfunc.interop import _streams as streams
+from qfunc.kernels.cpu import _library
 
 SIZES = [(16, 128), (24, 256), (8, 40), (16, 200), (40, 1024)]
 
@@ -140,3 +144,10 @@ def test_results_start_on_a_cache_line_so_that_jax_need_not_copy():
     for out in (repack.nibble_rows(np.zeros((8, 64), np.uint8), 128), repack.awq_columns(np.zeros((128, 4), np.uint32)),
                 streams.column_stream(np.zeros((12, 16), np.uint32), 3, 128), repack.word_columns(np.zeros((16, 8), np.uint32), 128)):
         assert out.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("path", [None, ctypes.util.find_library("m")])
+def test_a_slower_repacking_is_told(monkeypatch, path):
+    monkeypatch.setattr(_library, "_find", lambda: path)
+    with pytest.warns(qfunc.kernels.FallbackWarning, match="repacked by numpy.*(native kernels|qfunc_repack_stream)"):
+        assert _compiled.functions.__wrapped__() is None

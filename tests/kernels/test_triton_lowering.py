@@ -25,12 +25,7 @@ TARGETS = {"cuda": "sm_90", "rocm": "gfx942"}
 @pytest.fixture
 def hopper(monkeypatch):
     """Lowering for sm_90 without compiling anything."""
-    monkeypatch.setattr(_image, "_images", {})
-    monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
-    monkeypatch.setattr(_image, "write", lambda path, data: None)
-    monkeypatch.setattr(_image, "_compile", lowered.uncompiled)
-    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
-    with _target.lowering_for("sm_90"):
+    with lowered.without_compiling(monkeypatch):
         yield
 
 

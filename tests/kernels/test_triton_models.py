@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import qfunc
-from qfunc.kernels.triton import _image, _target
 from qfunc.layers.cache import init_cache
 from qfunc.layers.decoder import apply
 from qfunc.layers.encoder import EncoderConfig, encode
@@ -106,12 +105,7 @@ def packed(params, scheme: str):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(_image, "_images", {})
-    monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
-    monkeypatch.setattr(_image, "write", lambda path, data: None)
-    monkeypatch.setattr(_image, "_compile", lowered.uncompiled)
-    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
-    with _target.lowering_for("sm_90"), warnings.catch_warnings():
+    with lowered.without_compiling(monkeypatch), warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 

@@ -49,6 +49,17 @@ def lower(fn, *args, platform: str = "cuda", **options) -> str:
     return jax.jit(fn, **options).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
+def without_compiling(monkeypatch):
+    """Lower for sm_90 inside the context, with images that hold no code and are not kept on disk."""
+    from qfunc.kernels.triton import _image, _target
+    monkeypatch.setattr(_image, "_images", {})
+    monkeypatch.setattr(_image, "find", lambda program, target: _image._images.get((program, target)))
+    monkeypatch.setattr(_image, "write", lambda path, data: None)
+    monkeypatch.setattr(_image, "_compile", uncompiled)
+    monkeypatch.setattr(_image, "triton_version", lambda: "3.6.0")
+    return _target.lowering_for("sm_90")
+
+
 def uncompiled(program, target):
     """An image without code, in the place of a compilation: for tests of what is called, not of what it does."""
     from qfunc.kernels.triton._image import Image
