@@ -6,9 +6,13 @@ from fnmatch import fnmatchcase
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A busy machine is no fault of a test.
+settings.register_profile("qfunc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("qfunc")
 
 
 @pytest.fixture(autouse=True, scope="module")

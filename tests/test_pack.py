@@ -18,7 +18,7 @@ def draw(shape, bits, seed):
     return np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(1, 7), st.integers(0, 2**32 - 1), st.data())
 def test_round_trip_size_and_every_bit(shape, bits, seed, data):
     lead, columns = shape

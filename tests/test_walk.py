@@ -37,7 +37,7 @@ def shown(axes, sizes):
     return flat.reshape(_views.shape(axes))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_views_follow_reshapes_and_transposes(data):
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)))

@@ -68,7 +68,7 @@ NODES = st.recursive(st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d
                          inner.map("(?:%s)*".__mod__), inner.map("(?:%s)+?".__mod__), inner.map("(?:%s){1,3}".__mod__)), max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(NODES, st.text("ab.1", max_size=8))
 def test_the_matcher_agrees_with_re(pattern, name):
     tree = _parser.parse(pattern)
