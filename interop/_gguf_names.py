@@ -32,6 +32,7 @@ OTHER = {
     "llama+experts": {"ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1",
                       "ffn_up_exps": "block_sparse_moe.experts.w3", "ffn_down_exps": "block_sparse_moe.experts.w2"},
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"}, "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "glm4": {"ffn_up": "mlp.gate_up_proj", "post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"}, "gpt-oss": {"ffn_gate_inp": "mlp.router"},
     "deepseek2": {"ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
                   "ffn_down_shexp": "mlp.shared_experts.down_proj"},
@@ -39,12 +40,16 @@ OTHER = {
 LEAVES = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias", "attn_sinks.weight": "self_attn.sinks"}
 """Whole names below a layer that become a leaf, not a module."""
 
-PERMUTED = frozenset({"llama", "deci", "baichuan", "internlm2", "minicpm", "xverse", "olmo", "granite", "granitemoe", "bailingmoe",
-                      "smollm3", "arcee"})
-PLAIN = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt-oss", "deepseek2", "falcon",
-    "stablelm",
-                   "starcoder2", "olmo2", "olmoe", "cohere2", "command-r", "glm4", "glm4moe", "qwen2vl", "qwen3next", "mistral3"})
-SHIFTED_NORMS = frozenset({"gemma", "gemma2", "gemma3"})
+PERMUTED = frozenset({
+    "llama", "llama-embed", "deci", "baichuan", "internlm2", "minicpm", "xverse", "olmo", "granite", "granitemoe", "granitehybrid",
+    "bailingmoe", "smollm3", "arcee", "mistral3", "deepseek", "arctic", "nanbeige", "llada"})
+"""Architectures whose converter permutes the rows of q and k."""
+PLAIN = frozenset({
+    "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt-oss", "deepseek2", "falcon", "stablelm",
+    "starcoder2", "olmo2", "olmoe", "cohere2", "command-r", "glm4", "glm4moe", "qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen3next", "qwen35",
+    "qwen35moe", "apertus", "llama4", "seed_oss"})
+"""Architectures whose converter leaves them as they are."""
+SHIFTED_NORMS = frozenset({"gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"})
 """Architectures whose norms llama.cpp stores as 1 + weight."""
 
 MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "deepseek2": "deepseek_v3", "gemma3": "gemma3_text",
@@ -66,12 +71,25 @@ def hugging_face(name: str, architecture: str, experts: bool) -> str | None:
 
 
 def permuted_heads(name: str, architecture: str, metadata: dict) -> int | None:
-    """The number of heads over which the rows of a q or k tensor are permuted, None where they are not."""
-    match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name)
+    """The number of heads over which the rows of a q or k tensor are permuted, None where they are not; 0 where it is not told.
+
+    Models whose layers differ have a list of numbers, one a layer.
+    """
+    match = re.fullmatch(r"blk\.(\d+)\.attn_([qk])\.(?:weight|bias)", name)
     if match is None or architecture not in PERMUTED:
         return None
-    heads = number(metadata, f"{architecture}.attention.head_count")
-    return heads if match[1] == "q" else number(metadata, f"{architecture}.attention.head_count_kv", heads)
+    heads = metadata.get(f"{architecture}.attention.head_count")
+    if match[2] == "k":
+        heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    if isinstance(heads, np.ndarray):
+        layer = int(match[1])
+        heads = heads[layer].item() if layer < heads.size else 0
+    return heads if isinstance(heads, int) and not isinstance(heads, bool) else 0
+
+
+def is_shifted(name: str, architecture: str) -> bool:
+    """Whether a tensor is the weight of a norm that the file keeps as 1 + weight (Mamba's own norms it keeps as they are)."""
+    return architecture in SHIFTED_NORMS and name.endswith("norm.weight") and not name.endswith("ssm_norm.weight")
 
 
 def number(metadata: dict, key: str, default=None):

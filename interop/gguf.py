@@ -32,6 +32,30 @@ __all__ = ["decode", "load_gguf", "plan_gguf"]
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64}
 
 
+def _f16(*places: int) -> tuple:
+    return tuple(((place + 1, 0x7C),) for place in places)
+
+
+# Where the scales lie in a block of each type: (byte, bits) that are all set where the number is not finite.
+NOT_FINITE = {
+    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq4_nl", "iq4_xs", "q1_0", "q2_0",
+                     "q8_1"), _f16(0)),
+    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), _f16(0, 2)),
+    "q2_k": _f16(80, 82), "q3_k": _f16(108), "q6_k": _f16(208), "q8_k": (((3, 0x7F), (2, 0x80)),), "tq1_0": _f16(52), "tq2_0": _f16(64),
+    "iq1_m": (((55, 0x70), (53, 0xC0)),), "mxfp4": (((0, 0xFF),),),
+}
+
+
+def check_scales(tensor: GgufTensor, raw: np.ndarray) -> None:
+    """Refuse blocks whose scale is NaN or infinite, as llama.cpp's `--check-tensors` does."""
+    for places in NOT_FINITE.get(tensor.dtype, ()):
+        blocks = raw.reshape(-1, tensor.type.bytes)
+        bad = np.logical_and.reduce([blocks[:, byte] & bits == bits for byte, bits in places])
+        if bad.any():
+            raise refuse(tensor.file.path, f"tensor {tensor.name!r}", f"finite scales in blocks of {tensor.dtype}",
+                         f"NaN or infinity in block {int(bad.argmax())} of {len(blocks)}")
+
+
 def scheme_of(kind: str) -> Scheme:
     """The weight-only scheme of a ggml type."""
     from qfunc._schemes import scheme
@@ -79,7 +103,9 @@ def _add(plan: Plan, files: GgufFiles, tensor: GgufTensor, full: str, architectu
 def _heads(files: GgufFiles, tensor: GgufTensor, architecture: str) -> int | None:
     heads = names.permuted_heads(tensor.name, architecture, files.metadata)
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else tensor.shape[-1]
-    if heads is not None and (not isinstance(heads, int) or heads < 1 or rows % (2 * heads)):
+    if heads is not None and heads < 1:
+        raise refuse(files.path, f"tensor {tensor.name!r}", f"a number of heads in {architecture}.attention.head_count", heads)
+    if heads is not None and rows % (2 * heads):
         raise refuse(files.path, f"tensor {tensor.name!r}", f"rows that {heads} heads divide into pairs", rows)
     return heads
 
@@ -97,40 +123,52 @@ def _layer(files: GgufFiles, tensor: GgufTensor, module: str, heads: int | None)
     *batch, outs, ins = tensor.shape
     outer = files.tensors.get(f"{tensor.name.rpartition('.')[0]}.scale")
     if tensor.dtype == "nvfp4" and outer is not None:
-        return _nvfp4(files, tensor, module, outer)
+        return _nvfp4(files, tensor, module, outer, heads)
     if outer is not None:
         raise refuse(files.path, f"tensor {outer.name!r}", "an outer scale for nvfp4 only", tensor.dtype)
 
     def codes() -> dict[str, np.ndarray]:
         raw = tensor.raw()
+        check_scales(tensor, raw)
         return {"codes": raw if heads is None else names.to_hugging_face(raw, heads)}
     return Layer(module, scheme_of(tensor.dtype), (*batch, ins, outs), codes, tensors=(tensor,))
 
 
-def _nvfp4(files: GgufFiles, tensor: GgufTensor, module: str, outer: GgufTensor) -> Layer:
+def _nvfp4(files: GgufFiles, tensor: GgufTensor, module: str, outer: GgufTensor, heads: int | None) -> Layer:
     """NVFP4 blocks of 64 (four e4m3 scales, then 32 bytes of split nibbles) as canonical codes, scales and the outer scale."""
     *batch, outs, ins = tensor.shape
     if outer.dtype != "f32" or int(np.prod(outer.shape)) != int(np.prod(batch or [1])):
         raise refuse(files.path, f"tensor {outer.name!r}", "one float32 per matrix", f"{outer.dtype} {list(outer.shape)}")
     inputs = files.tensors.get(f"{tensor.name.rpartition('.')[0]}.input_scale")
+    if inputs is not None and (inputs.dtype != "f32" or int(np.prod(inputs.shape)) not in (1, int(np.prod(batch or [1])))):
+        raise refuse(files.path, f"tensor {inputs.name!r}", "one float32, or one per matrix", f"{inputs.dtype} {list(inputs.shape)}")
+
+    def numbers(of: GgufTensor) -> np.ndarray:
+        array = of.raw().view(np.float32).reshape(*((-1,) if of.nbytes > 4 else [1] * len(batch)), 1, 1)
+        if not np.isfinite(array).all():
+            raise refuse(of.file.path, f"tensor {of.name!r}", "finite scales", "NaN or infinity")
+        return array
 
     def leaves() -> dict[str, np.ndarray]:
-        blocks = tensor.raw().reshape(-1, ins // 64, 36)
+        raw = tensor.raw()
+        blocks = (raw if heads is None else names.to_hugging_face(raw, heads)).reshape(-1, ins // 64, 36)
         nibbles = blocks[..., 4:].reshape(-1, ins // 64, 4, 1, 8) >> np.array([0, 4], np.uint8)[:, None] & 15
         codes = nibbles.reshape(len(blocks), ins)
         packed = nibble_rows(codes[:, 0::2] | codes[:, 1::2] << 4, ins)
         scale = np.where(blocks[..., :4] == 0x7F, 0, blocks[..., :4]).astype(np.uint8).reshape(*batch, outs, ins // 16)
+        if scale.max() > 0x7F:
+            raise refuse(tensor.file.path, f"tensor {tensor.name!r}", "unsigned e4m3 scales, bytes up to 127", int(scale.max()))
         out = {"codes": packed.reshape(*batch, outs, -1), "scale": scale.view(ml_dtypes.float8_e4m3fn),
-               "scale2": outer.raw().view(np.float32).reshape(*batch, 1, 1)}
+               "scale2": numbers(outer)}
         if inputs is not None:
-            out["input_scale"] = inputs.raw().view(np.float32).reshape(*([1] * len(batch)), 1, 1)
+            out["input_scale"] = numbers(inputs)
         return out
     return Layer(module, named(NV_WEIGHT), (*batch, ins, outs), leaves, tensors=(tensor, outer))
 
 
 def _add_float(plan: Plan, tensor: GgufTensor, module: str, param: str, heads: int | None, architecture: str) -> None:
     kernel = is_kernel(module, param, 2 if len(tensor.shape) >= 2 else 1) and tensor.dtype in FLOATS
-    shift = architecture in names.SHIFTED_NORMS and module.endswith("norm") and param == "weight"
+    shift = names.is_shifted(tensor.name, architecture)
 
     def read() -> np.ndarray:
         raw = tensor.raw()
@@ -153,7 +191,8 @@ def _in_file_order(params: dict, path: tuple[str, ...], heads: int):
     for key in path:
         leaf = leaf[key]
     if isinstance(leaf, QTensor):
-        return leaf.replace(codes=names.to_gguf(leaf.codes, heads))
+        rows = {name: getattr(leaf, name) for name in ("codes", "scale") if getattr(leaf, name) is not None}
+        return leaf.replace(**{name: names.to_gguf(array, heads) for name, array in rows.items()})
     return names.to_gguf(leaf.T, heads).T
 
 

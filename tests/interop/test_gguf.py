@@ -11,6 +11,7 @@ from checkpoints import DATA, sampled
 
 import qfunc
 from qfunc import CheckpointError
+from qfunc._ggml import TYPES as TYPES_BY_NAME
 from qfunc.interop import gguf
 from qfunc.interop._gguf_file import GgufFile
 from qfunc.interop._gguf_names import to_gguf, to_hugging_face
@@ -201,3 +202,118 @@ def test_a_string_that_ends_behind_the_file_is_refused(tmp_path):
     path.write_bytes(header(3, 0, 1, pair("k", 9, struct.pack("<IQ", 8, 2) + string("a") + struct.pack("<Q", 2**60))))
     with pytest.raises(CheckpointError, match="more bytes"):
         GgufFile(path)
+
+
+def test_nvfp4_rows_of_llama_are_put_in_order(tmp_path):
+    raw = np.random.default_rng(3).integers(0, 126, (16, 36)).astype(np.uint8)
+    tensors, heads = {"blk.0.attn_q.weight": (KIND.NVFP4, raw)}, {"llama__attention__head_count": 2}
+    plain = qfunc.load(write(tmp_path / "a.gguf", tensors, "llama", **heads))
+    assert np.array_equal(plain.weight("blk.0.attn_q").codes, raw)
+    assert np.array_equal(plain.weight("model.layers.0.self_attn.q_proj").codes, to_hugging_face(raw, 2))
+    outer = qfunc.load(write(tmp_path / "b.gguf", {**tensors, "blk.0.attn_q.scale": np.array([.5], np.float32)}, "llama", **heads))
+    in_file = package.quants.dequantize(raw, KIND.NVFP4) / 2
+    assert np.array_equal(outer.weight("blk.0.attn_q").dequantize("float32").T, in_file)
+    assert np.array_equal(outer.weight("model.layers.0.self_attn.q_proj").dequantize("float32").T, to_hugging_face(in_file, 2))
+
+
+def test_every_layer_may_have_heads_of_its_own(tmp_path):
+    weights = [np.random.default_rng(i).standard_normal((16, 4)).astype(np.float32) for i in range(2)]
+    writer = package.GGUFWriter(tmp_path / "a.gguf", "deci")
+    writer.add_array("deci.attention.head_count", [4, 2])
+    writer.add_array("deci.attention.head_count_kv", [2, 1])
+    for i, weight in enumerate(weights):
+        writer.add_tensor(f"blk.{i}.attn_q.weight", weight)
+        writer.add_tensor(f"blk.{i}.attn_k.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = qfunc.load(tmp_path / "a.gguf")
+    for i, weight in enumerate(weights):
+        for name, heads in (("q", (4, 2)[i]), ("k", (2, 1)[i])):
+            want = weight.reshape(heads, 8 // heads, 2, 4).swapaxes(1, 2).reshape(16, 4)
+            assert np.array_equal(loaded.weight(f"model.layers.{i}.self_attn.{name}_proj").T, want)
+
+
+def test_rows_are_not_left_permuted_where_the_number_of_heads_is_missing(tmp_path):
+    path = write(tmp_path / "a.gguf", {"blk.0.attn_q.weight": np.ones((8, 4), np.float32)}, "llama")
+    with pytest.raises(CheckpointError, match=r"attn_q.*llama\.attention\.head_count"):
+        qfunc.load(path)
+
+
+@pytest.mark.parametrize(("architecture", "order"), [("mistral3", True), ("deepseek", True), ("qwen3", False), ("gemma3", False)])
+def test_which_architectures_are_permuted(tmp_path, architecture, order):
+    weight = np.arange(8, dtype=np.float32)[:, None].repeat(4, 1)
+    fields = {f"{architecture}__attention__head_count": 2}
+    loaded = qfunc.load(write(tmp_path / "a.gguf", {"blk.0.attn_q.weight": weight}, architecture, **fields))
+    want = [0, 2, 1, 3, 4, 6, 5, 7] if order else range(8)
+    assert list(np.asarray(loaded.weight("model.layers.0.self_attn.q_proj"))[0]) == list(want)
+
+
+def test_names_are_among_those_that_the_package_knows():
+    """The package lists, for every tensor of an architecture, what all the models that it converts call it; norms in no fixed order."""
+    from qfunc.interop import _gguf_names as names
+    kinds = {name: kind for kind, name in package.MODEL_ARCH_NAMES.items()}
+    checked = 0
+    for architecture in (names.PERMUTED | names.PLAIN) & kinds.keys():
+        known = {}
+        for theirs, (_, ours) in package.get_tensor_name_map(kinds[architecture], 1).mapping.items():
+            known.setdefault(ours, set()).add(theirs)
+        for name, theirs in known.items():
+            found = names.hugging_face(f"{name}.weight", architecture, False)
+            assert found is None or name.endswith("_norm") or found.removesuffix(".weight") in theirs, (architecture, name)
+            checked += found is not None
+    assert checked > 300
+
+
+@pytest.mark.parametrize(("architecture", "name", "shift"), [
+    ("gemma3", "blk.0.attn_q_norm", 1), ("qwen3next", "blk.0.attn_norm", 1), ("qwen3next", "blk.0.ssm_norm", 0),
+    ("qwen3", "output_norm", 0)])
+def test_norms_that_are_stored_with_a_one(tmp_path, architecture, name, shift):
+    path = write(tmp_path / "a.gguf", {f"{name}.weight": np.full(8, 1.5, np.float32)}, architecture)
+    [leaf] = jax.tree.leaves(qfunc.load(path).params)
+    assert (leaf == 1.5 - shift).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(gguf.NOT_FINITE) - {"q8_1", "q8_k", "q1_0", "q2_0", "mxfp4"}))
+def test_a_scale_that_is_not_finite_would_spoil_its_block(name):
+    kind, places = TYPES_BY_NAME[name], gguf.NOT_FINITE[name]
+    rows = np.random.default_rng(0).integers(0, 64, (len(places), 2 * kind.bytes)).astype(np.uint8)        # top bits clear: all are finite
+    bad = rows.copy()
+    for row, place in zip(bad, places, strict=True):
+        for byte, mask in place:
+            row[byte] |= mask
+    with np.errstate(invalid="ignore"):
+        floats = package.quants.dequantize(np.concatenate([rows, bad]), KIND[name.upper()])
+    assert np.isfinite(floats[: len(rows)]).all() and np.isfinite(floats[:, kind.elements:]).all()
+    assert not np.isfinite(floats[len(rows):, : kind.elements]).any()
+
+
+@pytest.mark.parametrize("name", sorted(gguf.NOT_FINITE))
+def test_scales_that_are_not_finite_are_refused(tmp_path, name):
+    kind = TYPES_BY_NAME[name]
+    rows = np.random.default_rng(0).integers(0, 64, (4, 2, kind.bytes)).astype(np.uint8)
+
+    def tensor(blocks):
+        path = tmp_path / "a.gguf"
+        path.write_bytes(header(body=record("blk.0.ffn_up.weight", (2 * kind.elements, 4), kind.id), data=blocks.tobytes()))
+        return GgufFile(path).tensors["blk.0.ffn_up.weight"]
+    gguf.check_scales(good := tensor(rows), good.raw())
+    for places in gguf.NOT_FINITE[name]:
+        bad = rows.copy()
+        for byte, mask in places:
+            bad[2, 1, byte] |= mask
+        with pytest.raises(CheckpointError, match=r"a.gguf.*ffn_up.*finite scales.*block 5 of 8"):
+            gguf.check_scales(wrong := tensor(bad), wrong.raw())
+
+
+def test_loading_looks_at_the_scales(tmp_path):
+    raw = np.zeros((4, 34), np.uint8)
+    raw[3, 1] = 0x7C
+    with pytest.raises(CheckpointError, match=r"ffn_up.*NaN or infinity in block 3 of 4"):
+        qfunc.load(write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (KIND.Q8_0, raw)}))
+
+
+def test_every_type_with_a_scale_is_checked():
+    without = {"f32", "f16", "bf16", "f64", "i8", "i16", "nvfp4"}       # every byte of NVFP4's unsigned scales is a number
+    assert set(gguf.NOT_FINITE) == set(TYPES_BY_NAME) - without
