@@ -18,7 +18,7 @@ from . import _wan
 from ._detect import quantization
 from ._family import Config, Family, Source
 from ._load import Plan, build, make_plan, placer
-from ._refuse import folder_json, refuse
+from ._refuse import folder_json, inside, refuse
 from ._wan import components
 from .native import INDEX
 from .safetensors import File, Files, open_folder
@@ -164,7 +164,7 @@ def gguf_file(path: Path) -> Path:
     first = [f for f in files if "-of-" not in f.name or "-00001-of-" in f.name]
     if len(first) != 1:
         raise refuse(path, "", "one .gguf file", ", ".join(f.name for f in files))
-    return first[0]
+    return inside(path, first[0].name, path)
 
 
 def open_source(path: Path) -> tuple[Family | None, Source]:

@@ -79,7 +79,8 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "global_quant_config": _QUARK_LAYER, "layer_quant_config/*": _QUARK_LAYER, "layer_type_quant_config/*": _QUARK_LAYER,
         **{f"{where}/{part}": _QUARK_TENSOR for where in ("global_quant_config", "layer_quant_config/*", "layer_type_quant_config/*")
            for part in ("weight", "input_tensors")},
-        "export": {"pack_method": "read: reorder", "weight_format": "read: real_quantized", "kv_cache_group": "read: whether there is one",
+        "export": {"pack_method": "read: reorder or order", "weight_format": "read: real_quantized",
+                   "kv_cache_group": "read: whether there is one",
                    "min_kv_scale": CALIBRATED, "weight_merge_groups": "not needed: nothing is merged"},
     },
 }

@@ -151,7 +151,9 @@ def _add_layers(plan: Plan, layers: list[Layer]) -> None:
         if whole:
             _add_layer(plan, tuple(ordered), (*split_path(stack), *split_path(rest)))
             continue
-        plan.notes.append(f"{stack}: the experts' {rest} differ in scheme or shape and are kept one by one")
+        missing = [i for i in range(max(members)) if i not in members]
+        why = f"are not all there (no expert {missing[0]})" if missing else "differ in scheme or shape"
+        plan.notes.append(f"{stack}: the experts' {rest} {why} and are kept one by one")
         for layer in ordered:
             _add_layer(plan, (layer,), split_path(layer.module))
 

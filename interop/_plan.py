@@ -119,7 +119,8 @@ def value(parts: Parts, name: str, tensor: Tensor) -> np.ndarray:
 def scale_reader(parts: Parts, name: str, grain: Granularity, outs: int, ins: int, dtypes=SCALES, transposed: bool = False):
     """Check a scale tensor and return (canonical scale type, function that reads it as [outs, groups]).
 
-    A scale of one number may be a scalar or [1]; a scale per channel may lack its last axis; `transposed` is [groups, outs].
+    A scale of one number may be a scalar or [1]; a scale per channel may lack its last axis, one per block have empty ones between;
+    `transposed` is [groups, outs].
     """
     want = scale_shape(grain, outs, ins)
     allowed = [want[::-1] if transposed else want]
@@ -127,6 +128,8 @@ def scale_reader(parts: Parts, name: str, grain: Granularity, outs: int, ins: in
         allowed += [want[:1], want]
     if math.prod(want) == 1:
         allowed += [(), (1,), (1, 1)]
+    if grain.kind == "block":
+        allowed += [(want[0], 1, want[1], 1)]
     tensor = parts.take(name, dtypes, allowed)
 
     def read() -> np.ndarray:

@@ -109,9 +109,12 @@ def inside(folder: Path, name: str, where) -> Path:
     if pure is None or not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
         raise refuse(where, f"file name {name!r}", "a name inside the checkpoint's folder", "one that leaves it")
     path = folder / pure
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append((folder.parent.parent / "blobs").resolve())
+    whole = folder.absolute()
+    roots = [whole.resolve()]
+    # A pipeline's transformers are folders inside of a snapshot.
+    snapshots = next((parent for parent in whole.parents if parent.name == "snapshots"), None)
+    if snapshots is not None:
+        roots.append((snapshots.parent / "blobs").resolve())
     try:
         real = path.resolve()
     except (OSError, RuntimeError):

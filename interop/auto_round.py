@@ -1,9 +1,11 @@
 """auto-round checkpoints (`quant_method: auto-round` or `intel/auto-round`): one of several packings, per-layer overrides.
 
-`packing_format` `auto_round:auto_gptq` (or plain, symmetric): GPTQ's tensors with v1 zeros, without `g_idx`; `auto_round:auto_awq`: AWQ's;
+`packing_format` `auto_round:auto_gptq`: GPTQ's tensors, zero points stored less one, without `g_idx`; plain `auto_round` and
+`auto_round:gptqmodel`: zero points as they are; also of 5, 6 and 7 bits, as a dense stream. `auto_round:auto_awq`: AWQ's;
 `auto_round:llm_compressor`, `auto_round:fp8`, `auto_round:fp8_static`: compressed-tensors' names, the tensors tell which format.
 `extra_config`: bits, group_size, sym by exact name, then by regular expression; 16 bits and more mean float.
-Source: auto-round 0.16, `auto_round/export/export_to_autoround`, `inference/convert_model.py`.
+Source: auto-round 0.16, `auto_round/export/export_to_autoround`, `inference/backend.py` (`GPTQ_FORMAT`, `GPTQ_FORMAT_NO_ZP`),
+`auto_round_extension/torch/qlinear_torch.py` and `qlinear_torch_zp.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from . import awq, gptq
 from ._family import Config, Family, Source
 from ._plan import Layer, Parts
 
-PACKINGS = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq", "auto_round:llm_compressor",
-    "auto_round:fp8",
-            "auto_round:fp8_static", "auto_round", "auto_gptq", "auto_awq", "auto_round:exllamav2", "llm_compressor")
+ZEROS_AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel")
+PACKINGS = (
+    *ZEROS_AS_THEY_ARE, "auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq", "auto_round:llm_compressor",
+    "auto_round:fp8", "auto_round:fp8_static", "auto_gptq", "auto_awq", "auto_round:exllamav2", "llm_compressor")
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,19 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
         raise parts.fail("", f"a float layer, as {mine.prefix}bits = {bits} says", "quantized tensors")
     if "qweight" not in parts:
         return _named(mine, parts)
+    if not str(mine.get("data_type") or "int").startswith("int"):
+        raise mine.fail("data_type", "int for packed integers")
     size = mine.group_size("group_size", default=128)
     if "awq" in config.packing:
-        if bits != 4:
-            raise mine.fail("bits", "4 in AWQ's packing")
-        return awq.gemm_layer(size, parts)
-    if bits not in gptq.BITS:
-        raise mine.fail("bits", "2, 3, 4 or 8")
-    symmetric = mine.boolean("sym", True)
-    if not symmetric and "gptq" not in config.packing:
+        if not 4 <= bits <= 7:
+            raise mine.fail("bits", "4 to 7 in AWQ's packing")
+        return awq.gemm_layer(size, parts, bits)
+    if not 2 <= bits <= 8:
+        raise mine.fail("bits", "2 to 8")
+    symmetric, plain = mine.boolean("sym", True), config.packing in ZEROS_AS_THEY_ARE
+    if not symmetric and not plain and "gptq" not in config.packing:
         raise mine.fail("packing_format", "a packing that says how zero points are stored", config.packing)
-    return gptq.packed_layer(gptq.Settings(bits, size, symmetric, False, mine, {}), parts)
+    return gptq.packed_layer(gptq.Settings(bits, size, symmetric, plain, mine, {}), parts)
 
 
 def _named(mine: Config, parts: Parts) -> Layer:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qfunc._spec import CHANNEL, WeightSpec, group
 
-from ._family import Config, Family, Source
+from ._family import Family, Source
 from ._naming import named
 from ._plan import KINDS, SCALES, Layer, Parts, value
 from ._repack import AWQ_ORDER, awq_columns, by_rows, nibble_rows, stream
@@ -25,45 +25,62 @@ from ._repack import AWQ_ORDER, awq_columns, by_rows, nibble_rows, stream
 class Settings:
     group: int | None
     version: str
-    config: Config
+    bits: int
 
 
 def settings(source: Source) -> Settings:
     quant = source.quant
-    if quant.integer("bits", "w_bit", low=1, high=8) != 4:
-        raise quant.fail("bits", "4")
+    bits = quant.integer("bits", "w_bit", low=1, high=8)
+    if bits != 4 and not (quant.get("provider") == "auto-round" and bits in (5, 6, 7)):
+        raise quant.fail("bits", "4 (auto-round: 5, 6 and 7, too)")
     quant.boolean("zero_point", True)
     version = quant.choice("version", VERSIONS, quant.choice("checkpoint_format", VERSIONS, "gemm"))
-    return Settings(quant.group_size("group_size", "q_group_size", default=128), version, quant)
+    if bits != 4 and version != "gemm":
+        raise quant.fail("version", f"gemm for {bits} bits", version)
+    return Settings(quant.group_size("group_size", "q_group_size", default=128), version, bits)
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
     if "qweight" not in parts:
         return None
-    return VERSIONS[config.version](config.group, parts)
+    return gemm_layer(config.group, parts, config.bits) if config.version == "gemm" else VERSIONS[config.version](config.group, parts)
 
 
-def gemm_layer(size: int | None, parts: Parts) -> Layer:
-    """The layer of AWQ's GEMM tensors with groups of `size` (None: whole rows)."""
+def gemm_layer(size: int | None, parts: Parts, bits: int = 4) -> Layer:
+    """The layer of AWQ's GEMM tensors with groups of `size` (None: whole rows).
+
+    Of 5, 6 and 7 bits, which auto-round writes: a bit stream along the outputs, eight of them at a time in the same order.
+    """
     weight = parts.take("qweight", "I32", ndim=2)
-    ins, outs = weight.shape[0], weight.shape[1] * 8
+    if weight.shape[1] % bits and bits != 4:
+        raise parts.fail("qweight", f"a multiple of {bits} words", weight.shape[1])
+    ins, outs = weight.shape[0], weight.shape[1] * 32 // bits
     size = min(size or ins, ins)
     groups = -(-ins // size)
     scales = parts.take("scales", SCALES, (groups, outs))
-    zeros = parts.take("qzeros", "I32", (groups, outs // 8)) if "qzeros" in parts else None
-    scheme = named(WeightSpec("uint4" if zeros else "int4", CHANNEL if groups == 1 else group(size), "int" if zeros else None,
+    zeros = parts.take("qzeros", "I32", (groups, weight.shape[1])) if "qzeros" in parts else None
+    scheme = named(WeightSpec(f"uint{bits}" if zeros else f"int{bits}", CHANNEL if groups == 1 else group(size), "int" if zeros else None,
                               KINDS[scales.dtype], scale_rule="minmax" if zeros else "amax"))
     extras = parts.bias(outs)
     parts.done()
 
     def build() -> dict[str, np.ndarray]:
-        leaves = {"codes": awq_columns(weight.read().view(np.uint32), 0 if zeros else 8),
-                  "scale": np.ascontiguousarray(value(parts, "scales", scales).T)}
+        words, fill = weight.read().view(np.uint32), 0 if zeros else 2 ** (bits - 1)
+        if bits == 4:
+            codes = awq_columns(words, fill)
+        else:
+            codes = by_rows(in_order(words, bits, outs).T, np.ascontiguousarray, bits, ins, fill)
+        leaves = {"codes": codes, "scale": np.ascontiguousarray(value(parts, "scales", scales).T)}
         if zeros:
-            nibbles = stream(zeros.read().view(np.uint32), 4, outs).reshape(groups, -1, 8)
-            leaves["zero"] = np.ascontiguousarray(nibbles[:, :, np.argsort(AWQ_ORDER)].reshape(groups, outs).T)
+            leaves["zero"] = np.ascontiguousarray(in_order(zeros.read().view(np.uint32), bits, outs).T)
         return leaves
     return Layer(parts.module, scheme, (ins, outs), build, extras, parts.all)
+
+
+def in_order(words: np.ndarray, bits: int, outs: int) -> np.ndarray:
+    """Codes uint8 [rows, N] of words uint32 [rows, N b / 32]."""
+    slots = stream(words, bits, outs).reshape(len(words), -1, 8)
+    return slots[:, :, np.argsort(AWQ_ORDER)].reshape(len(words), outs)
 
 
 def gemv_layer(size: int | None, parts: Parts) -> Layer:
@@ -133,14 +150,14 @@ def fast_layer(size: int | None, parts: Parts) -> Layer:
 
 VERSIONS = {"gemm": gemm_layer, "gemv": gemv_layer, "gemv_fast": fast_layer}
 FIELDS = {
-    "quant_method": "read", "bits": "read: 4", "w_bit": "read where bits is absent", "group_size": "read",
+    "quant_method": "read", "bits": "read: 4, from auto-round 5 to 7, too", "w_bit": "read where bits is absent", "group_size": "read",
     "q_group_size": "read where group_size is absent", "zero_point": "checked; the tensors tell",
     "version": "read: gemm, gemv or gemv_fast",
     "checkpoint_format": "read where version is absent", "format": "repeats checkpoint_format", "method": "repeats quant_method",
     "modules_to_not_convert": "not needed: the tensors tell", "backend": "a choice of kernels", "do_fuse": "a choice of kernels",
     "fuse_max_seq_len": "a choice of kernels", "exllama_config": "a choice of kernels", "modules_to_fuse": "a choice of kernels",
     "meta": "how it was calibrated", "desc_act": "always false", "lm_head": "not needed: the tensors tell", "pack_dtype": "int32",
-    "sym": "the zero points tell", "data_type": "repeats the method", "provider": "who wrote it", "autoround_version": "who wrote it",
+    "sym": "the zero points tell", "data_type": "repeats the method", "provider": "read: auto-round", "autoround_version": "who wrote it",
     "enable_quanted_input": "how it was calibrated", "to_quant_block_names": "not needed: the tensors tell",
     "iters": "how it was calibrated",
     "dynamic": "not needed: AWQ has one width",

@@ -10,6 +10,7 @@ Source: compressed-tensors, `compressors/` and `quantization/quant_args.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from qfunc._spec import CHANNEL, TENSOR, TOKEN, ActivationSpec, Granularity, Wei
 from . import _common as common
 from ._family import Config, Family, Source
 from ._naming import named
+from ._paths import is_table
 from ._plan import Layer, Parts, fill_of, scale_reader
 from ._repack import by_rows, nibble_rows, padded_words, six_bit_bytes, stream
 from ._streams import row_stream
@@ -26,6 +28,7 @@ from ._streams import row_stream
 DENSE = "dense"
 EXPERTS = ("MoEGMM", "FusedMoE")
 """Classes that exporters name as targets when they mean the experts' linears."""
+CLASSES = (*EXPERTS, "Linear", "Embedding")
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
            "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "marlin-24", DENSE)
 
@@ -49,12 +52,23 @@ class Settings:
     kv: str | None
 
     def of(self, module: str) -> Group | None:
-        """The first group whose targets name the module; None where it is ignored or no group does."""
-        if self.config.find(self.ignore, module, "target") is not None:
+        """The group that names the module most closely: by its name, by a pattern, by its class; None where it is ignored or none does.
+
+        The order among names and among patterns is that of compressed-tensors' `match_targets`, the alphabet's; of several groups with
+        one target the first.
+        """
+        kind = "Embedding" if is_table(module) else "Linear"
+        if kind in self.ignore or self._named(self.ignore, module) is not None:
             return None
-        classes = EXPERTS if ".experts." in module else ()
-        special = next((g for g in self.groups if any(name in g.targets for name in classes)), None)
-        return special or next((g for g in self.groups if self.config.find(g.targets, module, "target") is not None), None)
+        targets = {target: group for group in reversed(self.groups) for target in group.targets}
+        experts = EXPERTS if ".experts." in module else ()
+        found = next((name for name in experts if name in targets), None) or self._named(targets, module) or kind
+        return targets.get(found)
+
+    def _named(self, entries: Iterable[str], module: str) -> str | None:
+        """The first entry that is the module's name or a pattern of it."""
+        named = sorted((e for e in entries if e not in CLASSES), key=lambda entry: (entry.startswith("re:"), entry))
+        return self.config.find(named, module, "target")
 
 
 def _preset(bits: int, kind: str, strategy: str, size: int | None = None, act: dict | None = None, symmetric: bool = True) -> dict:

@@ -1,7 +1,8 @@
 """FP8 checkpoints with `quant_method: fp8` (one scale per tensor or channel, or DeepSeek's blocks), `fbgemm_fp8` and `blockwise_int8`.
 
 `weight` e4m3 or int8 [N, K]; `weight_scale` or, in blocks of `weight_block_size` (out, in), `weight_scale_inv` [ceil(N/bn), ceil(K/bk)],
-which multiplies despite its name (DeepSeek-V4: `scale`); `input_scale` where activations are static. Block scales may be exponents (e8m0).
+which multiplies despite its name (DeepSeek-V4: `scale`); `input_scale` (transformers: `activation_scale`) where activations are static.
+Block scales may be exponents (e8m0); without blocks `weight_scale_inv` is one number.
 `fbgemm_fp8`: scales per channel, activations per token, clipped to `activation_scale_ub` (`input_scale_ub` of the layer, where it has one).
 Source: DeepSeek-V3, `inference/kernel.py`; transformers, `integrations/finegrained_fp8.py`; SGLang, `quantization/fp8.py`.
 """
@@ -16,7 +17,7 @@ from . import _common as common
 from ._family import Family, Source
 from ._plan import SCALES, Layer, Parts, number
 
-MARKS = frozenset({"weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub"})
+MARKS = frozenset({"weight_scale", "weight_scale_inv", "input_scale", "activation_scale", "input_scale_ub"})
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 
 
@@ -59,12 +60,19 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
         if name in parts and parts.tensors[name].dtype == "I32":
             raise parts.fail(name, "scales as floats or exponents", "int32, DeepGEMM's packed layout of exponents")
         out, size = config.block
-        act = ActivationSpec("int8", group(size), rounding="trunc") if config.kind == "I8" else ActivationSpec("fp8_e4m3", group(size))
+        if config.static:
+            act = ActivationSpec(common.CODES[config.kind], TENSOR, mode="static")
+        else:
+            act = ActivationSpec("int8", group(size), rounding="trunc") if config.kind == "I8" else ActivationSpec("fp8_e4m3", group(size))
         return common.byte_layer(parts, scale=name, grain=block(out, size), activation=act, dtypes=(config.kind,),
-                                 scale_dtypes=(*SCALES, *common.E8M0), readers=common.inputs(parts, act))
+                                 scale_dtypes=(*SCALES, *common.E8M0), readers=_inputs(parts, act))
     code = common.CODES[config.kind]
     act = ActivationSpec(code, TENSOR, mode="static") if config.static else _dynamic(parts, name, code)
-    return common.byte_layer(parts, scale=name, activation=act, dtypes=(config.kind,), readers=common.inputs(parts, act))
+    return common.byte_layer(parts, scale=name, activation=act, dtypes=(config.kind,), readers=_inputs(parts, act))
+
+
+def _inputs(parts: Parts, act: ActivationSpec) -> dict:
+    return common.inputs(parts, act, scale="activation_scale" if "activation_scale" in parts else "input_scale")
 
 
 def _nibbles(config: Settings, name: str, parts: Parts) -> Layer:

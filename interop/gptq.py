@@ -16,7 +16,7 @@ import numpy as np
 
 from qfunc._spec import CHANNEL, WeightSpec, group
 
-from ._family import Config, Family, Source
+from ._family import REQUIRED, Config, Family, Source
 from ._naming import named
 from ._plan import KINDS, SCALES, Layer, Parts, fill_of, value
 from ._repack import stream, word_columns
@@ -44,19 +44,25 @@ class Settings:
         if rule.startswith("-"):
             return None
         override = Config(self.overrides[rule], self.config.where, f"dynamic[{rule!r}].")
-        return replace(self, bits=override.integer("bits", low=2, high=8, default=self.bits),
+        return replace(self, bits=width(override, self.bits, self.config.get("provider")),
                        group=override.group_size("group_size", default=self.group), symmetric=override.boolean("sym", self.symmetric))
+
+
+def width(config: Config, default, provider) -> int:
+    """The field `bits`."""
+    bits = config.integer("bits", low=2, high=8, default=default)
+    if bits not in BITS and provider != "auto-round":
+        raise config.fail("bits", "2, 3, 4 or 8 (GPTQModel has other widths in a planar layout of its own, auto-round in the usual one)")
+    return bits
 
 
 def settings(source: Source) -> Settings:
     quant = source.quant
     quant.choice("pack_dtype", ("int32",), "int32")
     form = quant.choice("checkpoint_format", ("gptq", "gptq_v2", ""), quant.choice("format", ("gptq", "gptq_v2", ""), "gptq"))
-    bits = quant.integer("bits", low=2, high=8)
-    if bits not in BITS:
-        raise quant.fail("bits", "2, 3, 4 or 8 (other widths exist only in GPTQModel's planar layout)")
     quant.boolean("desc_act")
-    return Settings(bits, quant.group_size("group_size"), quant.boolean("sym", True), form == "gptq_v2", quant, quant.sections("dynamic"))
+    return Settings(width(quant, REQUIRED, quant.get("provider")), quant.group_size("group_size"), quant.boolean("sym", True),
+                    form == "gptq_v2", quant, quant.sections("dynamic"))
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
@@ -142,7 +148,8 @@ FIELDS = {
     "module_name_preceding_first_block": "how it was calibrated", "is_marlin_format": "read: see marlin",
     "use_cuda_fp16": "a choice of kernels",
     # auto-round's exports carry its own names, too
-    "data_type": "repeats the method", "provider": "who wrote it", "autoround_version": "who wrote it", "iters": "how it was calibrated",
+    "data_type": "repeats the method", "provider": "read: auto-round writes 5, 6 and 7 bits, too", "autoround_version": "who wrote it",
+    "iters": "how it was calibrated",
     "enable_quanted_input": "how it was calibrated", "adapter": "not needed", "offload_to_disk": "how it was calibrated",
 }
 FAMILY = Family("gptq", settings, layer, frozenset({"qweight", "qzeros"}), fields=FIELDS)

@@ -3,7 +3,9 @@
 | quant_algo | tensors of a layer |
 |---|---|
 | FP8 | `weight` e4m3, `weight_scale` and `input_scale` of one number |
-| FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO | `weight_scale` per channel; blocks of 128 x 128, activations in float |
+| FP8_PER_CHANNEL_PER_TOKEN | `weight_scale` [N] |
+| FP8_PB_WO, FP8_PB_REAL | `weight_scale` [N / 128, 1, K / 128, 1] of blocks of 128 x 128, activations in float |
+| W8A16 | `weight` int8, `weight_scale` [N] |
 | NVFP4, NVFP4_AWQ, W4A16_NVFP4 | `weight` nibbles, `weight_scale` e4m3 [N, K / 16], `weight_scale_2` (multiplies), `input_scale` |
 | W4A16_AWQ, W4A8_AWQ | `weight` uint8 [N / 2, K], two outputs a byte, `weight_scale` [N, K / g], `pre_quant_scale`; FP8 activations |
 | W8A8_SQ_PER_CHANNEL | `weight` int8, `weight_scale` [N], `input_scale`, `pre_quant_scale` |
@@ -73,9 +75,6 @@ def fp8_token(size, parts: Parts) -> Layer:
 
 
 def fp8_blocks(size, parts: Parts) -> Layer:
-    scale = parts.tensors.get("weight_scale")
-    if scale is not None and len(scale.shape) == 4:
-        raise parts.fail("weight_scale", "two axes", list(scale.shape))
     return common.byte_layer(parts, grain=block(128, 128), dtypes=common.FP8)
 
 
@@ -113,6 +112,10 @@ def int8_smooth(size, parts: Parts) -> Layer:
     return common.byte_layer(parts, grain=CHANNEL, activation=act, dtypes=("I8",), readers=readers)
 
 
+def int8_weight(size, parts: Parts) -> Layer:
+    return common.byte_layer(parts, grain=CHANNEL, dtypes=("I8",))
+
+
 def mxfp8(size, parts: Parts) -> Layer:
     return common.mx_layer(parts, "weight", "weight_scale", common.mx_input("fp8_e4m3", "mx_rceil"), "mx_rceil")
 
@@ -125,7 +128,7 @@ ALGOS: dict[str, Callable[[int | None, Parts], Layer]] = {
     "fp8": fp8, "fp8_per_channel_per_token": fp8_token, "fp8_pb_wo": fp8_blocks, "nvfp4": nvfp4, "nvfp4_awq": nvfp4,
     "w4a16_nvfp4": nvfp4_a16,
     "w4a16_awq": lambda size, parts: _int4(size, parts, None), "w4a8_awq": lambda size, parts: _int4(size, parts, common.STATIC_FP8),
-    "w8a8_sq_per_channel": int8_smooth, "mxfp8": mxfp8, "mxfp4": mxfp4,
+    "w8a8_sq_per_channel": int8_smooth, "w8a16": int8_weight, "fp8_pb_real": fp8_blocks, "mxfp8": mxfp8, "mxfp4": mxfp4,
 }
 MARKS = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
 

@@ -101,7 +101,7 @@ def load_native(path: str | os.PathLike) -> Native:
 
 def open_index(folder: Path) -> tuple[dict, dict | None, File]:
     """(entries by path, configuration, weights file) of a folder, as its index names them."""
-    index = read_json(folder / INDEX)
+    index = read_json(inside(folder, INDEX, folder))
     if index.get("format") != "qfunc" or index.get("version") != VERSION:
         raise refuse(folder / INDEX, "format", f"qfunc, version {VERSION}", f"{index.get('format')!r}, version {index.get('version')!r}")
     entries, config = index.get("tensors"), index.get("config")

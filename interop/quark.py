@@ -1,9 +1,10 @@
 """AMD Quark checkpoints: a global configuration, overrides by layer and layer type, exclusions.
 
-Tensors of a layer: `weight` (fp8 or int8 [N, K]; fp4 nibbles uint8 [N, K / 2]; int4 int32 [N, K / 8], nibbles in the order 0 2 4 6 1 3 5 7
-as two's complement), `weight_scale`, `weight_zero_point`, `input_scale`, `input_zero_point`. A weight with two specs, fp8 per tensor then
-int4 per channel, has `weight_scale` and `weight_scale_2`: W = q weight_scale_2 weight_scale.
-Source: Quark, `quark/torch/export` (pack method "reorder").
+Tensors of a layer: `weight` (fp8 or int8 [N, K]; fp4 nibbles uint8 [N, K / 2]; int4 as two's complement or uint4 int32 [N, K / 8], nibbles
+in the order 0 2 4 6 1 3 5 7, or 0 to 7 with `pack_method` "order"), `weight_scale`, `weight_zero_point` (packed as the weight is),
+`input_scale`, `input_zero_point`. Integers in groups are transposed, scales and zero points too: [K, N / 8], [K / g, N], [K / g, N / 8].
+A weight with two specs, fp8 per tensor then int4 per channel, has `weight_scale` and `weight_scale_2`: W = q weight_scale_2 weight_scale.
+Source: Quark 0.13, `quark/torch/utils/pack.py`, `export/nn/modules/realquantizer.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ._family import Config, Family, Source
 from ._match import star
 from ._naming import named
 from ._plan import Layer, Parts, number, scale_reader
-from ._repack import AWQ_ORDER, nibble_rows
+from ._repack import AWQ_ORDER, awq_columns, by_rows, nibble_rows, stream
 
 MX_RULES = {"even": "mx_even1", "floor": "mx_floor", "ceil": "mx_ceil", None: "mx_even1"}
 ACT_CODES = {"fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2", "int8": "int8", "fp4": "fp4_e2m1", "fp6_e2m3": "fp6_e2m3",
@@ -34,6 +35,7 @@ class Settings:
     exclude: tuple[str, ...]
     config: Config
     kv: bool
+    ordered: bool
 
     def of(self, module: str) -> Config | None:
         """The configuration of a module: by its name, by its type, or the global one; None where it is excluded."""
@@ -53,7 +55,7 @@ def settings(source: Source) -> Settings:
         raise quant.fail("global_quant_config", "an object")
     export = quant.section("export")
     if export is not None:
-        export.choice("pack_method", ("reorder",), "reorder")
+        export.choice("pack_method", ("reorder", "order"), "reorder")
         export.choice("weight_format", ("real_quantized",), "real_quantized")
     by_layer = quant.sections("layer_quant_config")
     modules = {name.rpartition(".")[0] for name in source.files}
@@ -62,7 +64,8 @@ def settings(source: Source) -> Settings:
         if not any(c in name for c in "*?[") and not any(n in modules for n in (name, f"model.{name}", name.removeprefix("model."))):
             raise quant.fail(f"layer_quant_config[{name!r}]", "a layer of the checkpoint", "no such layer")
     groups = export.strings("kv_cache_group") if export is not None else []
-    return Settings(top, by_layer, quant.sections("layer_type_quant_config"), tuple(quant.strings("exclude")), quant, bool(groups))
+    return Settings(top, by_layer, quant.sections("layer_type_quant_config"), tuple(quant.strings("exclude")), quant, bool(groups),
+                    export is not None and export.get("pack_method") == "order")
 
 
 def _weights(config: Config) -> list[Config]:
@@ -121,10 +124,13 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
     specs, act = _weights(mine), activation(mine.section("input_tensors"))
     parts.drop("output_scale", "output_zero_point")
     if len(specs) == 2:
-        return _int4_fp8(specs, act, parts)
+        return _int4_fp8(specs, act, parts, config.ordered)
     if len(specs) > 2:
         raise mine.fail("weight", "one or two specs", f"{len(specs)}")
-    return WEIGHTS[specs[0].choice("dtype", WEIGHTS)](specs[0], act, parts)
+    kind = specs[0].choice("dtype", (*WEIGHTS, *INTEGERS))
+    if kind in INTEGERS and (kind != "int8" or specs[0].get("qscheme") == "per_group"):
+        return integer_layer(kind, specs[0], act, parts, config.ordered)
+    return WEIGHTS[kind](specs[0], act, parts)
 
 
 def bytes_layer(spec: Config, act: ActivationSpec | None, parts: Parts) -> Layer:
@@ -141,18 +147,42 @@ def mxfp4_layer(spec: Config, act: ActivationSpec | None, parts: Parts) -> Layer
     return common.mx_layer(parts, "weight", "weight_scale", act, MX_RULES[spec.choice("scale_calculation_mode", MX_RULES)])
 
 
-def _words(parts: Parts) -> tuple:
+def _in_order(words: np.ndarray, ordered: bool) -> np.ndarray:
+    """Words whose nibbles are a plain stream."""
+    if ordered:
+        return words
+    out = np.zeros_like(words)
+    for i, column in enumerate(AWQ_ORDER):
+        out |= ((words >> np.uint32(4 * i)) & np.uint32(15)) << np.uint32(4 * column)
+    return out
+
+
+def _words(parts: Parts, ordered: bool, signed: bool = True) -> tuple:
     weight = parts.take("weight", "I32", ndim=2)
     outs, ins = weight.shape[0], weight.shape[1] * 8
 
     def codes():
-        words = weight.read().view(np.uint32)
-        # Put the nibbles of each word in order, so that they are a plain stream.
-        ordered = np.zeros_like(words)
-        for i, column in enumerate(AWQ_ORDER):
-            ordered |= ((words >> np.uint32(4 * i)) & np.uint32(15)) << np.uint32(4 * column)
-        return nibble_rows(ordered.view(np.uint8), ins, 8, 8)
+        words = _in_order(weight.read().view(np.uint32), ordered)
+        return nibble_rows(words.view(np.uint8), ins, 8 if signed else 0, 8 if signed else 0)
     return outs, ins, codes
+
+
+def _columns(parts: Parts, ordered: bool, signed: bool) -> tuple:
+    """The same, transposed: words [K, N / 8]."""
+    weight = parts.take("weight", "I32", ndim=2)
+    ins, outs = weight.shape[0], weight.shape[1] * 8
+
+    def codes():
+        words = weight.read().view(np.uint32) ^ np.uint32(0x88888888 if signed else 0)
+        if not ordered:
+            return awq_columns(words, 8 if signed else 0)
+        return by_rows(stream(words, 4, outs).T, np.ascontiguousarray, 4, ins, 8 if signed else 0)
+    return outs, ins, codes
+
+
+def _bytes(parts: Parts) -> tuple:
+    weight = parts.take("weight", "I8", ndim=2)
+    return weight.shape[1], weight.shape[0], lambda: weight.read().T
 
 
 def _zeros(parts: Parts, name: str) -> None:
@@ -161,22 +191,42 @@ def _zeros(parts: Parts, name: str) -> None:
         raise parts.fail(name, "zero points 0 of a symmetric weight", "others")
 
 
-def int4_layer(spec: Config, act: ActivationSpec | None, parts: Parts) -> Layer:
-    if spec.get("symmetric") is False:
-        raise spec.fail("symmetric", "true (asymmetric int4 is not read)")
-    outs, ins, codes = _words(parts)
+def integer_layer(kind: str, spec: Config, act: ActivationSpec | None, parts: Parts, ordered: bool) -> Layer:
+    """Four-bit integers, and eight-bit ones in groups."""
+    signed, grouped = kind != "uint4", spec.get("qscheme") == "per_group"
+    if signed and spec.get("symmetric") is False:
+        raise spec.fail("symmetric", "true (asymmetric signed integers are not read)")
     grain = granularity(spec)
-    kind, scale = scale_reader(parts, "weight_scale", grain, outs, ins)
-    _zeros(parts, "weight_zero_point")
-    return common.finish(parts, named(WeightSpec("int4", grain, scale_dtype=kind), act), outs, ins,
-                         {"codes": codes, "scale": scale, **common.inputs(parts, act)})
+    outs, ins, codes = _bytes(parts) if kind == "int8" else _columns(parts, ordered, signed) if grouped else _words(parts, ordered, signed)
+    size, scale = scale_reader(parts, "weight_scale", grain, outs, ins, transposed=grouped)
+    readers = {"codes": codes, "scale": lambda: np.ascontiguousarray(scale())}
+    if signed:
+        _zeros(parts, "weight_zero_point")
+    else:
+        readers["zero"] = _unsigned_zeros(parts, grain, outs, ins, ordered)
+    weight = WeightSpec(kind, grain, None if signed else "int", size, scale_rule="amax" if signed else "minmax")
+    return common.finish(parts, named(weight, act), outs, ins, {**readers, **common.inputs(parts, act)})
 
 
-def _int4_fp8(specs: list[Config], act: ActivationSpec | None, parts: Parts) -> Layer:
+def _unsigned_zeros(parts: Parts, grain: Granularity, outs: int, ins: int, ordered: bool):
+    """Zero points of uint4, packed along the outputs; of a whole tensor one that is not."""
+    groups = -(-ins // grain.size) if grain.kind == "group" else 1
+    if grain.kind == "tensor":
+        return number(parts, "weight_zero_point", ("I32",), integer=True)
+    words = -(-outs // 8)
+    tensor = parts.take("weight_zero_point", "I32", [(groups, words)] + ([(words,)] if groups == 1 else []))
+
+    def read():
+        array = _in_order(tensor.read().view(np.uint32).reshape(groups, words), ordered)
+        return np.ascontiguousarray(stream(array, 4, outs).T)
+    return read
+
+
+def _int4_fp8(specs: list[Config], act: ActivationSpec | None, parts: Parts, ordered: bool) -> Layer:
     kinds = [s.get("dtype") for s in specs]
-    if kinds != ["fp8_e4m3", "int4"] or granularity(specs[0]) != TENSOR:
-        raise specs[0].fail("dtype", "fp8_e4m3 per tensor, then int4", f"{kinds}")
-    outs, ins, codes = _words(parts)
+    if kinds != ["fp8_e4m3", "int4"] or granularity(specs[0]) != TENSOR or granularity(specs[1]).kind == "group":
+        raise specs[0].fail("dtype", "fp8_e4m3 per tensor, then int4 per channel", f"{kinds}")
+    outs, ins, codes = _words(parts, ordered)
     grain = granularity(specs[1])
     kind, scale = scale_reader(parts, "weight_scale_2", grain, outs, ins)
     outer = number(parts, "weight_scale")
@@ -186,7 +236,8 @@ def _int4_fp8(specs: list[Config], act: ActivationSpec | None, parts: Parts) -> 
     return common.finish(parts, scheme, outs, ins, {"codes": codes, "scale": scale, "scale2": outer, **common.inputs(parts, act)})
 
 
-WEIGHTS = {"fp8_e4m3": bytes_layer, "fp8_e5m2": bytes_layer, "int8": bytes_layer, "fp4": mxfp4_layer, "int4": int4_layer}
+INTEGERS = ("int4", "uint4", "int8")
+WEIGHTS = {"fp8_e4m3": bytes_layer, "fp8_e5m2": bytes_layer, "int8": bytes_layer, "fp4": mxfp4_layer}
 FIELDS = {
     "quant_method": "read", "global_quant_config": "read: weight and input_tensors (dtype, qscheme, group_size, block_size, is_dynamic, "
     "symmetric, scale_format, scale_calculation_mode); output_tensors and bias only matter for the cache", "layer_quant_config": "read; a "

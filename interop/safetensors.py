@@ -9,6 +9,7 @@ duplicate names, dtypes, shapes against sizes, overlaps, holes and the end of th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -180,7 +181,23 @@ def open_folder(folder: str | Path) -> Files:
     names = [n for n in names if n != "consolidated.safetensors"] or names
     if not names:
         raise refuse(folder, "", "a .safetensors file", "none")
+    _all_shards(folder, names)
     return Files([File(inside(folder, name, folder)) for name in names], folder)
+
+
+def _all_shards(folder: Path, names: list[str]) -> None:
+    """Shards without an index still say by their names how many they are."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors", name)
+        if match:
+            found.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (stem, total), numbers in found.items():
+        if max(numbers) > int(total):
+            raise refuse(folder, stem, f"shards up to {total}", f"shard {max(numbers)}")
+        if len(numbers) < int(total) and min(numbers) > 0:
+            first = next(i for i in range(1, int(total) + 1) if i not in numbers)
+            raise refuse(folder, f"{stem}-{first:0{len(total)}}-of-{total}.safetensors", f"{int(total)} shards", len(numbers))
 
 
 def _indexed(folder: Path, index: Path) -> Files:

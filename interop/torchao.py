@@ -105,7 +105,7 @@ def int8(attributes: Config, parts: Parts) -> Layer:
     if act is not None:
         zero = "int" if _plain(act.get("mapping_type")) == "ASYMMETRIC" else None
         row = _granularity_of(act, attributes) == "PerRow"
-        spec = ActivationSpec("int8", TOKEN if row else TENSOR, zero=zero, scale_rule="minmax" if zero else "amax_half")
+        spec = ActivationSpec("int8", TOKEN if row else TENSOR, zero=zero, scale_rule="minmax_inverse" if zero else "amax_half_inverse")
     return common.byte_layer(parts, **NAMES, grain=_grain(attributes, parts, outs, ins), activation=spec, rule="amax_half", dtypes=("I8",))
 
 
@@ -116,7 +116,7 @@ def intx(attributes: Config, parts: Parts) -> Layer:
         raise attributes.fail("target_dtype", "int2 to int8", repr(kind))
     how = attributes.choice("activation_quantization", (None, "int8_asym_per_token", "int8_sym_per_token"))
     spec = None if how is None else ActivationSpec("int8", TOKEN, zero="int" if "asym" in how else None,
-                                                   scale_rule="minmax" if "asym" in how else "amax_half")
+                                                   scale_rule="minmax_inverse" if "asym" in how else "amax_half_inverse")
     return common.byte_layer(parts, **NAMES, grain=_grain(attributes, parts, outs, ins), activation=spec, bits=int(kind[3:]),
                              rule="amax_half", dtypes=("I8",))
 
@@ -176,7 +176,13 @@ def nvfp4(attributes: Config, parts: Parts) -> Layer:
     scales = _tiled(parts, PREFIX + "scale", ("F8_E4M3",), outs, ins // 16, attributes.boolean("is_swizzled_scales"))
     outer = number(parts, PREFIX + "per_tensor_scale") if PREFIX + "per_tensor_scale" in parts else lambda: np.ones((1, 1), np.float32)
     act = None if _act(attributes) is None else common.NV_INPUT
-    readers = {"codes": lambda: nibble_rows(codes.read(), ins), "scale": lambda: scales().view(ml_dtypes.float8_e4m3fn), "scale2": outer}
+
+    def inner():
+        array = scales().view(ml_dtypes.float8_e4m3fn)
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise parts.fail(PREFIX + "scale", "finite numbers", "NaN")
+        return array
+    readers = {"codes": lambda: nibble_rows(codes.read(), ins), "scale": inner, "scale2": outer}
     if PREFIX + "act_per_tensor_scale" in parts:
         readers["input_scale"] = number(parts, PREFIX + "act_per_tensor_scale")
     return common.finish(parts, named(common.NV_WEIGHT, act), outs, ins, readers)

@@ -401,3 +401,106 @@ def test_bitsandbytes_blocks_that_cross_rows(tmp_path, outs, ins, nested):
 def test_awq_without_its_zero_points_or_words_is_refused(tmp_path, version):
     with pytest.raises(CheckpointError):
         qfunc.load(checkpoint(tmp_path, under({"qweight": np.zeros((4, 128), np.int16)}), {**AWQ, "version": version}))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:auto_gptq"])
+def test_auto_rounds_zero_points_and_widths(tmp_path, bits, packing):
+    """auto-round's backends list which packing they read: those of `GPTQ_FORMAT_NO_ZP` take zero points as they are stored."""
+    q, s, z, _, want = gptq(bits, group=64)
+    config = {"quant_method": "auto-round", "bits": bits, "group_size": 64, "sym": False, "data_type": "int", "packing_format": packing}
+    tensors = gptq_tensors(q, s, z - 1 if "auto_gptq" in packing else z, bits=bits)
+    assert np.array_equal(dense(checkpoint(tmp_path, under(tensors), config)), want)
+
+
+@pytest.mark.parametrize(("method", "more"), [("auto-round", {"packing_format": "auto_round:auto_awq"}),
+                                              ("awq", {"provider": "auto-round"})])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_awqs_order_in_other_widths(tmp_path, method, more, bits):
+    rng, groups = generator(bits), K // 64
+    q, z = rng.integers(0, 2**bits, (K, N)).astype(np.uint8), rng.integers(0, 2**bits, (groups, N)).astype(np.uint8)
+    s = rng.uniform(.01, .02, (groups, N)).astype(np.float16)
+
+    def packed(codes):              # slot i of eight outputs holds the one at (0, 2, 4, 6, 1, 3, 5, 7)[i]
+        slots = codes.reshape(len(codes), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(codes.shape)
+        return np.ascontiguousarray(words(slots.T, bits).T)
+    config = {"quant_method": method, "bits": bits, "group_size": 64, "sym": False, **more}
+    folder = checkpoint(tmp_path, under({"qweight": packed(q), "qzeros": packed(z), "scales": s}), config)
+    assert np.array_equal(dense(folder), np.repeat(s.astype(np.float32), 64, 0) * (q.astype(np.float32) - np.repeat(z, 64, 0)))
+
+
+def test_gptq_of_six_bits_only_from_auto_round(tmp_path):
+    q, s, _, _, want = gptq(6, zero=32)
+    tensors, config = under(gptq_tensors(q, s, np.full((2, N), 31), bits=6)), {"quant_method": "gptq", "bits": 6, "group_size": 128}
+    assert np.array_equal(dense(checkpoint(tmp_path, tensors, {**config, "provider": "auto-round"})), want)
+    for wrong in (config, {**GPTQ, "dynamic": {r".*up_proj": {"bits": 6}}}):
+        with pytest.raises(CheckpointError, match="bits: expected 2, 3, 4 or 8"):
+            qfunc.load(checkpoint(tmp_path, tensors, wrong))
+
+
+def quark_words(codes, ordered):
+    """Codes 0 to 15 [rows, n] as Quark's int32, one element at a time."""
+    out = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+    for i in range(8):
+        out |= codes[:, (i if ordered else (0, 2, 4, 6, 1, 3, 5, 7)[i])::8].astype(np.uint32) << np.uint32(4 * i)
+    return out.view(np.int32)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(("dtype", "scheme"), [("int4", "per_group"), ("uint4", "per_group"), ("int8", "per_group"),
+                                               ("int4", "per_channel"), ("uint4", "per_channel")])
+def test_quarks_integers(tmp_path, dtype, scheme, ordered):
+    rng, grouped, bits = generator(), scheme == "per_group", int(dtype[-1])
+    outs, ins, groups = 40, 96, 3 if grouped else 1
+    low = -(2 ** (bits - 1)) if dtype[0] == "i" else 0
+    q, s = rng.integers(low, low + 2**bits, (outs, ins)), rng.uniform(.01, .02, (outs, groups)).astype(np.float32)
+    z = np.zeros((outs, groups), int) if low else rng.integers(0, 16, (outs, groups))
+
+    def packed(codes):
+        codes = codes.T if grouped else codes
+        return np.ascontiguousarray(codes).astype(np.int8) if bits == 8 else quark_words(codes & 15, ordered)
+    tensors = {"weight": packed(q), "weight_scale": np.ascontiguousarray(s.T) if grouped else s[:, 0],
+               "weight_zero_point": packed(z) if grouped else quark_words(z.T & 15, ordered)[0]}
+    weight = {"dtype": dtype, "qscheme": scheme, "group_size": 32 if grouped else None, "symmetric": low < 0, "ch_axis": -1}
+    config = {"quant_method": "quark", "global_quant_config": {"weight": weight, "input_tensors": None},
+              "export": {"pack_method": "order" if ordered else "reorder"}}
+    want = (q - np.repeat(z, ins // groups, 1)) * np.repeat(s, ins // groups, 1)
+    assert np.array_equal(dense(checkpoint(tmp_path, under(tensors), config)).T, want.astype(np.float32))
+    if low:
+        tensors["weight_zero_point"] = np.full_like(tensors["weight_zero_point"], 3)
+        with pytest.raises(CheckpointError, match="zero points 0"):
+            qfunc.load(checkpoint(tmp_path, under(tensors), config))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1, 2, 1)])
+def test_modelopts_blocks_have_empty_axes_between(tmp_path, shape):
+    rng = generator()
+    w, s = rng.standard_normal((N, K)).astype(ml_dtypes.float8_e4m3fn), rng.uniform(.01, .02, (2, 2)).astype(np.float32)
+    folder = checkpoint(tmp_path, under({"weight": w, "weight_scale": s.reshape(shape)}), {"quant_method": "modelopt",
+                                                                                           "quant_algo": "fp8_pb_wo"})
+    assert np.array_equal(dense(folder).T, w.astype(np.float32) * np.repeat(np.repeat(s, 128, 0), 128, 1))
+
+
+def test_modelopts_weight_only_int8(tmp_path):
+    w, s = generator().integers(-128, 128, (N, K)).astype(np.int8), np.linspace(.01, .02, N, dtype=np.float32)
+    loaded = qfunc.load(checkpoint(tmp_path, under({"weight": w, "weight_scale": s}), {"quant_method": "modelopt", "quant_algo": "W8A16"}))
+    assert loaded.weight(M).scheme.name == "w8a16" and np.array_equal(dense(tmp_path).T, w * s[:, None])
+
+
+def test_missing_experts_are_told(tmp_path):
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": CT["config_groups"]}
+    tensors = {name: array for e in (0, 2) for name, array in under(INT8, f"model.layers.0.mlp.experts.{e}.up_proj").items()}
+    loaded = qfunc.load(checkpoint(tmp_path, tensors, config))
+    assert any("no expert 1" in note for note in loaded.notes) and len(loaded.schemes) == 2
+
+
+def test_an_embedding_is_a_target_of_its_own(tmp_path):
+    def group(bits, target):
+        return {"targets": [target], "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
+    tensors = {**under(INT8), **under(INT8, "model.embed_tokens")}
+    config = {**CT, "config_groups": {"a": group(8, "Linear"), "b": group(4, "Embedding")}}
+    loaded = qfunc.load(checkpoint(tmp_path, tensors, config))
+    assert loaded.weight("model.embed_tokens").scheme.name == "w4a16" and loaded.weight(M).scheme.name == "w8a16"
+    for wrong in ({**config, "config_groups": {"a": group(8, "Linear")}}, {**config, "ignore": ["Embedding"]}):
+        with pytest.raises(CheckpointError, match="embed_tokens.*ignored, or no group"):
+            qfunc.load(checkpoint(tmp_path, tensors, wrong))

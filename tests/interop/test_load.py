@@ -204,3 +204,36 @@ def test_impossible_activation_scales_are_refused(tmp_path, scale):
             qfunc.load(folder)
     else:
         qfunc.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "native", "config"])
+def test_no_file_of_a_folder_may_be_a_link_out_of_it(tmp_path, kind):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    outside.mkdir()
+    if kind == "native":
+        qfunc.interop.save_native(folder, {"a": {"kernel": np.ones((2, 2), np.float32)}})
+        name = "qfunc.json"
+    else:
+        shutil.copytree(DATA / ("gguf-q4_0" if kind == "gguf" else "ct-fp8-dynamic"), folder)
+        (folder / "reference.npz").unlink(missing_ok=True)
+        name = next(folder.glob("*.gguf")).name if kind == "gguf" else "config.json"
+    qfunc.interop.inspect(folder)
+    shutil.move(folder / name, outside / name)
+    (folder / name).symlink_to(outside / name)
+    for run in (qfunc.load, qfunc.interop.inspect):
+        with pytest.raises(CheckpointError, match="a link to"):
+            run(folder)
+
+
+def test_a_scale_of_torchaos_nvfp4_that_is_nan_is_refused(tmp_path):
+    from qfunc.interop.safetensors import File
+    folder = tmp_path / "a"
+    shutil.copytree(DATA / "torchao-nvfp4wo", folder)
+    file = File(folder / "model.safetensors")
+    tensors = {name: np.array(tensor.read()) for name, tensor in file.tensors.items()}
+    name = next(n for n in tensors if n.endswith("_weight_scale"))
+    tensors[name].view(np.uint8).reshape(-1)[0] = 0x7F
+    header, data = header_and_data(tensors)
+    write_file(folder / "model.safetensors", {**header, "__metadata__": file.metadata}, data)
+    with pytest.raises(CheckpointError, match="_weight_scale.*finite"):
+        qfunc.load(folder)

@@ -174,3 +174,35 @@ def test_no_header_costs_more_than_five_seconds(tmp_path, data, message):
     with pytest.raises(CheckpointError, match=message):
         File(path)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(("names", "found"), [
+    (("m-00001-of-00003", "m-00003-of-00003"), "m-00002-of-00003.safetensors: expected 3 shards, found 2"),
+    (("m-00001-of-00002",), "m-00002-of-00002.safetensors: expected 2 shards, found 1"),
+    (("m-00003-of-00002", "m-00001-of-00002"), "shards up to 00002"),
+    (("m-00001-of-00002", "m-00002-of-00002"), None), (("m-1-of-2", "m-2-of-2", "other"), None),
+])
+def test_shards_without_an_index_are_counted_by_their_names(tmp_path, names, found):
+    for i, name in enumerate(names):
+        shard(tmp_path, f"{name}.safetensors", {f"x{i}": np.ones(2, np.float32)})
+    if found is None:
+        assert len(open_folder(tmp_path)) == len(names)
+    else:
+        with pytest.raises(CheckpointError, match=found):
+            open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("depth", ["", "transformer", "a/b"])
+def test_folders_inside_of_a_snapshot_link_to_the_blobs_too(tmp_path, depth, monkeypatch):
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc" / depth, tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    os.rename(shard(tmp_path, "x.safetensors", {"x": np.ones(2, np.float32)}), blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to(os.path.relpath(blobs / "0123", snapshot))
+    assert set(open_folder(snapshot)) == {"x"}
+    monkeypatch.chdir(snapshot.parent)
+    assert set(open_folder(snapshot.name)) == {"x"}
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(shard(tmp_path, "y.safetensors", {"x": np.ones(2, np.float32)}))
+    with pytest.raises(CheckpointError, match="a link to"):
+        open_folder(snapshot)

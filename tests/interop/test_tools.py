@@ -139,3 +139,41 @@ def test_blocks_of_fp8_as_transformers_dequantizes_them(tmp_path, kind):
     got, scheme = loaded(tmp_path, {"weight": weight, "scale" if kind == "fp4" else "weight_scale_inv": scales},
                          {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
     assert np.array_equal(got, want) and scheme.name == ("fp8_block" if kind == "fp8" else "mxfp4_a8")
+
+
+@pytest.mark.parametrize(("blocks", "scheme"), [(None, "static"), (None, "dynamic"), ([128, 128], "dynamic"), ([128, 128], "static")])
+def test_fp8_layers_of_transformers(tmp_path, blocks, scheme):
+    fine = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fine.FP8Linear(K, 144, block_size=blocks, activation_scheme=scheme, has_bias=True)
+    rng = np.random.default_rng(0)
+    layer.weight.data = matrix(outs=144).to(torch.float8_e4m3fn)
+    scale = layer.weight_scale_inv
+    scale.data = torch.from_numpy(rng.uniform(.01, .02, tuple(scale.shape)).astype(np.float32))
+    layer.bias.data = torch.arange(144.)
+    want = fine._dequantize_fp8_weight(layer.weight.data, scale.data, blocks, torch.float32).numpy()
+    state = {name: value for name, value in layer.state_dict().items() if value is not None}
+    got, found = loaded(tmp_path, state, {"quant_method": "fp8", "activation_scheme": scheme, "weight_block_size": blocks})
+    assert np.array_equal(got, want) and found.activation.mode == scheme
+
+
+TARGETS = [M, "re:.*up_proj$", "re:.*mlp.*", "Linear", "re:.*attn.*", "model.layers.1.mlp.up_proj", "Embedding"]
+
+
+def test_of_several_groups_the_one_that_compressed_tensors_takes(tmp_path):
+    """Groups of different widths and all orders of two and three targets: the tool's own matcher says which is meant."""
+    import itertools
+    from types import SimpleNamespace
+
+    match = pytest.importorskip("compressed_tensors.utils.match").match_targets
+    from qfunc.interop._detect import family
+    from qfunc.interop._family import Config
+    reader, linear = family("compressed_tensors"), torch.nn.Linear(1, 1)
+    for count in (1, 2, 3):
+        for targets in itertools.permutations(TARGETS, count):
+            groups = {f"group_{i}": {"targets": [target], "weights": {"num_bits": 2 + i}} for i, target in enumerate(targets)}
+            config = Config({"format": "pack-quantized", "config_groups": groups}, tmp_path)
+            settings = reader.settings(SimpleNamespace(quant=config))
+            for name in (M, "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"):
+                theirs, ours = match(name, linear, list(targets)), settings.of(name)
+                assert (ours is None) == (not theirs)
+                assert ours is None or ours.targets == (theirs[0],)
