@@ -1,14 +1,17 @@
 // The kernels without XLA or Python: every code, granularity and zero point on odd shapes against sums in double precision.
 // For cross-compiled targets under an emulator, for the sanitizers, and (with an argument) for a profiler:
 //   standalone                       checks; exits 1 at the first product that differs
-//   standalone M K N code group int  repeats one product for a second, on one thread
+//   standalone M K N code group int [f32|e4m3|e8m0 [threads]]  repeats one product for a second, each time with other weights
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <functional>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -216,25 +219,59 @@ bool check(const Kernels& kernels, const Problem& p) {
   return false;
 }
 
-int repeat(const Kernels& kernels, char** argv) {
+// A second thread that waits for work without sleeping, as a pool that is in use has it.
+struct Companion {
+  std::atomic<std::function<void()>*> next{nullptr};
+  std::atomic<bool> stop{false};
+  std::thread thread{[this] {
+    while (!stop)
+      if (std::function<void()>* task = next.exchange(nullptr)) {
+        (*task)();
+        delete task;
+      }
+  }};
+  Pool pool{2, [this](std::function<void()> task) { delete next.exchange(new std::function<void()>(std::move(task))); }};
+  ~Companion() {
+    stop = true;
+    thread.join();
+    delete next.exchange(nullptr);
+  }
+};
+
+constexpr int64_t kBeyondCaches = int64_t{256} << 20;
+
+int repeat(const Kernels& kernels, int argc, char** argv) {
   Problem p{kElements[0], std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]), 0, 1, 1, Zero::None, Number::F32, Quantize::None, 0, false};
   for (const Element& e : kElements) if (!std::strcmp(e.name, argv[4])) p.element = e;
   p.group = std::min<int64_t>(p.k, std::atoll(argv[5]));
   p.mode = std::atoi(argv[6]) ? Quantize::Token : Quantize::None;
   p.x_group = p.k;
+  const std::string scales = argc > 7 ? argv[7] : "f32";
+  if (scales != "f32") p.scale_type = scales == "e8m0" ? Number::E8M0 : Number::E4M3;
+  const bool two = argc > 8 && std::atoi(argv[8]) > 1;
+  // Every product meets another matrix, and all of them are more than any cache holds.
+  p.batch = 1 + kBeyondCaches / (p.k * p.n * p.element.bits / 8);
   Data d;
   fill(p, d);
-  // Processor time, so that a crowded machine tells little lies.
-  double best = 1e9;
+  Companion companion;
+  std::vector<double> times;
+  int64_t turn = 0;
+  // On one thread processor time, which a crowded machine lengthens little.
+  const auto now = [two] {
+    timespec t;
+    clock_gettime(two ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  };
   for (double total = 0; total < 1;) {
-    const std::clock_t start = std::clock();
-    multiply(kernels, Pool{}, d.w, d.a, {{0, p.m, 0}}, d.y.data(), Number::F32);
-    const double own = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
-    best = std::min(best, own);
-    total += own;
+    const double start = now();
+    multiply(kernels, two ? companion.pool : Pool{}, d.w, d.a, {{0, p.m, turn++ % p.batch}}, d.y.data(), Number::F32);
+    times.push_back(now() - start);
+    total += times.back();
   }
-  std::printf("%s %s M %ld: best %.3f ms of one core, %.2f G weights/s, %.1f GMAC/s\n", kernels.name, p.element.name, long(p.m), best * 1e3,
-              static_cast<double>(p.k * p.n) / best / 1e9, static_cast<double>(p.m * p.k * p.n) / best / 1e9);
+  std::sort(times.begin(), times.end());
+  const double middle = times[times.size() / 2], bytes = static_cast<double>(d.w.code_bytes + d.w.scale_bytes);
+  std::printf("%s %s M %ld, %d thread: median %.3f ms, best %.3f; at the median %.1f GB/s, %.1f GMAC/s\n", kernels.name, p.element.name, long(p.m), two ? 2 : 1,
+              middle * 1e3, times[0] * 1e3, bytes / middle / 1e9, static_cast<double>(p.m * p.k * p.n) / middle / 1e9);
   return 0;
 }
 
@@ -244,7 +281,7 @@ int main(int argc, char** argv) {
   const char* reason = nullptr;
   const Kernels* kernels = select_kernels(&reason);
   if (!kernels) return std::printf("%s\n", reason), 2;
-  if (argc == 7) return repeat(*kernels, argv);
+  if (argc >= 7) return repeat(*kernels, argc, argv);
   int64_t done = 0;
   bool good = true;
   for (const Element& e : kElements)

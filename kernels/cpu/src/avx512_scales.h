@@ -25,6 +25,28 @@ inline void load_block(Decode& decode, const Weight& w, const uint8_t* row, int6
   else decode.load(block_at<Decode::bytes_per_block>(w, row, b, tail));
 }
 
+// The bytes of the next rows, asked for in the order of their addresses while these rows are computed. Rows that are read side by side
+// are as many streams of a few pages each, which the hardware does not follow; a single rising address it does.
+class NextRows {
+ public:
+  // `count` rows of `blocks` blocks from `row` on are computed.
+  NextRows(const Weight& w, const uint8_t* row, int count, int64_t blocks)
+      : next_(reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(std::max(count * w.row_bytes, kLeast))), step_(count * w.row_bytes / blocks) {}
+  // Once for each block; `Bytes` of them are decoded at a time, 0: not known here.
+  template <int Bytes>
+  inline void ask() {
+    const int64_t step = Bytes ? Bytes : step_;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < step; i += 64) _mm_prefetch(reinterpret_cast<const char*>(next_ + static_cast<uintptr_t>(i)), _MM_HINT_T0);
+    next_ += static_cast<uintptr_t>(step);
+  }
+
+ private:
+  static constexpr int64_t kLeast = 2048;
+  uintptr_t next_;
+  int64_t step_;
+};
+
 // Scales of a row are kept with a vector of zeros behind them, so that a block at the edge can load past the last.
 inline int64_t scales_stride(const Weight& w) { return (w.segments + 31) / 16 * 16; }
 inline void end_scales(const Weight& w, float* s) {

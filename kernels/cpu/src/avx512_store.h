@@ -22,6 +22,26 @@ inline int64_t block_rows(int64_t x_rows, int64_t x_bytes, int64_t count, int64_
   return even < kBlockRows ? even : kBlockRows;
 }
 
+// The packed bytes that are decoded one block of rows later, so far ahead that they can be asked for in the order of their addresses:
+// the many rows of a block, read side by side, are more streams than the hardware follows, and its own prefetching ends with every page.
+class NextBlock {
+ public:
+  // Blocks of `rows` rows of w, of which [n, end) remain.
+  NextBlock(const Weight& w, int64_t n, int64_t rows, int64_t end)
+      : from_(w.codes + (n + rows) * w.row_bytes), bytes_(n + rows < end ? (end - n - rows < rows ? end - n - rows : rows) * w.row_bytes : 0) {}
+  // Whether a whole block fits into the second-level cache besides x and the tile.
+  static bool fits(const Weight& w, int64_t rows) { return rows * w.row_bytes <= (int64_t{320} << 10); }
+  // Bytes [at, at + count) of the block.
+  inline void ask(int64_t at, int64_t count) const {
+    const int64_t end = at + count < bytes_ ? at + count : bytes_;
+    for (int64_t i = at; i < end; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from_ + i), _MM_HINT_T1);
+  }
+
+ private:
+  const uint8_t* from_;
+  int64_t bytes_;
+};
+
 inline __m256i to_bf16(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

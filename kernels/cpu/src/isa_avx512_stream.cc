@@ -20,16 +20,15 @@ void float_rows(const Product& p, const Decode& prototype, const uint8_t* const*
   alignas(64) uint8_t tail[NR][kBlock];
   Decode decode[2] = {prototype, prototype};
   const Spreader<Decode::natural> spreader(w);
+  NextRows next(w, row[0], NR, blocks);
   __m512 total[NR][M];
   for (int r = 0; r < NR; ++r)
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b) {
     const float* x = p.x.f32 + b * kBlock;
     __m512 each[NR][8], add[NR][8];
+    next.ask<NR * Decode::bytes_per_block>();
     for (int r = 0; r < NR; ++r) {
-      const uint8_t* from = row[r] + b * (Decode::bytes_per_block ? Decode::bytes_per_block : kBlock);
-      _mm_prefetch(reinterpret_cast<const char*>(from + 1024), _MM_HINT_T0);
-      if constexpr (Decode::bytes_per_block > 64) _mm_prefetch(reinterpret_cast<const char*>(from + 1088), _MM_HINT_T0);
       load_block(decode[r], w, row[r], b, tail[r]);
       if constexpr (Mode == Spread::Halves) spreader.halves(scale[r], b, each[r][0], each[r][1]);
       if constexpr (Mode == Spread::Each) {

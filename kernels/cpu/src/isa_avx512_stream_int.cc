@@ -25,6 +25,7 @@ void int_stream_rows(const Product& p, int64_t n0, int64_t n1) {
       row_scales(w, own, scales + r * w.segments);
       zero[r] = w.zero_kind == Zero::Int ? static_cast<const uint8_t*>(w.zero) + scale_row(w, own) * w.segments : nullptr;
     }
+    NextRows next(w, row[0], NR, blocks);
     float result[NR][M] = {};
     __m512 total[NR][M];
     for (int r = 0; r < NR; ++r)
@@ -40,11 +41,9 @@ void int_stream_rows(const Product& p, int64_t n0, int64_t n1) {
         }
       for (int64_t b = s * per; b < end; ++b) {
         __m512i lo[NR], hi[NR];
+        next.ask<NR * 16 * Bits>();
         for (int r = 0; r < NR; ++r) {
-          const uint8_t* from = block_at<16 * Bits>(w, row[r], b, tail[r]);
-          _mm_prefetch(reinterpret_cast<const char*>(from + 1024), _MM_HINT_T0);
-          if constexpr (Bits > 4) _mm_prefetch(reinterpret_cast<const char*>(from + 1088), _MM_HINT_T0);
-          bytes<Bits, Flip>(from, lo[r], hi[r]);
+          bytes<Bits, Flip>(block_at<16 * Bits>(w, row[r], b, tail[r]), lo[r], hi[r]);
         }
         const int8_t* x = p.x.i8 + b * kBlock;
         for (int m = 0; m < M; ++m) {

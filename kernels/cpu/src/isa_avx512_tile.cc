@@ -122,8 +122,11 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
   float* tile = thread_scratch<1>().get<float>(kMicro * kDeep);
   float* sums = thread_scratch<2>().get<float>(static_cast<size_t>(block * stride));
   float* scales = thread_scratch<0>().get<float>(static_cast<size_t>(block * 2 * own));
+  const bool fits = NextBlock::fits(w, block);
   for (int64_t n = n0; n < n1; n += block) {
     const int64_t count = n1 - n < block ? n1 - n : block;
+    const NextBlock next(w, n, block, n1);
+    int64_t asked = 0;
     for (int64_t r = 0; r < count; ++r) {
       float* s = scales + r * 2 * own;
       row_scales(w, n + r, s);
@@ -140,7 +143,8 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
           const bool along = block == kMicro && k + deep < kp;    // what comes next: more of these rows, or the next ones
           for (int64_t i = 0; i < live; ++i) {
             const float* s = scales + (r + i) * 2 * own;
-            prefetch(w, along ? n + r + i : n + r + kMicro + i, along ? k + deep : block == kMicro ? 0 : k, deep);
+            if (!fits) prefetch(w, along ? n + r + i : n + r + kMicro + i, along ? k + deep : block == kMicro ? 0 : k, deep);
+            else if (m0 == 0) next.ask(asked, deep * w.lowbits() / 8), asked += deep * w.lowbits() / 8;
             decode_row(w, decode, spreader, n + r + i, k / kBlock, (k + deep) / kBlock, s, shifted ? s + own : nullptr, tile + i * kDeep);
           }
           if (live < kMicro) std::memset(tile + live * kDeep, 0, static_cast<size_t>((kMicro - live) * kDeep) * sizeof(float));

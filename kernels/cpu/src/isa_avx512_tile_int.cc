@@ -11,19 +11,25 @@ constexpr int64_t kChunk = 512;   // rows of x whose results stay in cache
 // The packed bytes that will be decoded next. They are asked for a few at a time between the products: all at once would be more
 // than the processor can have under way.
 struct Ahead {
-  const uint8_t* p = nullptr;
+  const uint8_t* p = nullptr;   // of the same piece of the next rows, or
   int64_t row_bytes = 0, step = 0;    // bytes of 64 codes
+  const NextBlock* block = nullptr;   // in the order of addresses
+  int64_t at = 0;
   inline void ask() {
-    if (!p) return;
-    for (int r = 0; r < kMicro; ++r) _mm_prefetch(reinterpret_cast<const char*>(p + r * row_bytes), _MM_HINT_T1);
-    p += step;
+    if (block) {
+      block->ask(at, kMicro * step);
+      at += kMicro * step;
+    } else if (p) {
+      for (int r = 0; r < kMicro; ++r) _mm_prefetch(reinterpret_cast<const char*>(p + r * row_bytes), _MM_HINT_T1);
+      p += step;
+    }
   }
 };
 
 template <int MV>
-inline void int_dots(const uint8_t* tile, const int8_t* x, int64_t width, int64_t steps, Ahead& ahead, __m512i (*acc)[MV]) {
+inline void int_dots(const uint8_t* tile, const int8_t* x, int64_t width, int64_t first, int64_t steps, Ahead& ahead, __m512i (*acc)[MV]) {
   for (int64_t k = 0; k < steps; ++k) {
-    if (k % 16 == 0) ahead.ask();
+    if ((first + k) % 16 == 0) ahead.ask();
     __m512i xv[MV];
 #pragma GCC unroll 2
     for (int v = 0; v < MV; ++v) xv[v] = _mm512_loadu_si512(x + k * width * 4 + 64 * v);
@@ -60,7 +66,7 @@ void int_micro(const Product& p, const uint8_t* tile, const IntPanel& panel, int
     for (int r = 0; r < kMicro; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < MV; ++v) acc[r][v] = k == start ? _mm512_setzero_si512() : _mm512_loadu_si512(partial + r * stride + 16 * v);
-    int_dots<MV>(tile + (k - k0), panel.x + k * width, width, (end - k) / 4, ahead, acc);
+    int_dots<MV>(tile + (k - k0), panel.x + k * width, width, (k - k0) / 4, (end - k) / 4, ahead, acc);
     if (end < stop) {
 #pragma GCC unroll 12
       for (int r = 0; r < kMicro; ++r)
@@ -116,8 +122,11 @@ void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
   alignas(64) uint8_t tail[kBlock];
   const float* scale[kBlockRows];
   const int32_t *zero[kBlockRows], *codesum[kBlockRows];
+  const bool fits = NextBlock::fits(w, block);
   for (int64_t n = n0; n < n1; n += block) {
     const int64_t count = n1 - n < block ? n1 - n : block, micro = round_up(count, kMicro);
+    const NextBlock next_block(w, n, block, n1);
+    int64_t asked = 0;
     for (int64_t r = 0; r < micro; ++r) {
       const int64_t own = r < count ? r : count - 1;   // rows that pad the last register tile repeat a real one and are not stored
       scale[r] = scales + own * w.segments;
@@ -156,7 +165,12 @@ void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
           const bool along = block == kMicro && k + deep < kp;    // what comes next: more of these rows, or the next ones
           const int64_t next = along ? n + r : n + r + kMicro;
           Ahead ahead;
-          if (next + kMicro <= w.n) ahead = {w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * Bits / 8, w.row_bytes, 8 * Bits};
+          if (fits) {
+            if (m0 == 0) ahead = {nullptr, 0, 8 * Bits, &next_block, asked};
+            asked += kMicro * deep * Bits / 8;
+          } else if (next + kMicro <= w.n) {
+            ahead = {w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * Bits / 8, w.row_bytes, 8 * Bits, nullptr, 0};
+          }
           for (int64_t m = 0; m < rows; m += width, ahead = {}) {
             const int64_t at = (m0 + m) / width;
             const IntPanel panel{p.x.i8 + (m0 + m) * kp, p.x.sums + at * segments * width, p.x.scale + at * p.x.scale_step * width,
