@@ -24,7 +24,7 @@ def _tensors(rng) -> dict[str, tuple[dict, dict]]:
         return rng.integers(low, high, shape).astype(kind)
 
     def floats(*shape, kind=np.float16):
-        return rng.uniform(.01, .02, shape).astype(kind)
+        return np.asarray(rng.uniform(.01, .02, shape), kind)
     return {
         "gptq-2bit": ({"quant_method": "gptq", "bits": 2, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
                       {"qweight": numbers(np.int32, K // 16, N), "qzeros": numbers(np.int32, 2, N // 16), "scales": floats(2, N),
@@ -45,6 +45,18 @@ def _tensors(rng) -> dict[str, tuple[dict, dict]]:
         "ct-3bit": ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {
             "targets": ["Linear"], "weights": {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 64}}}},
             {"weight_packed": numbers(np.int32, N, 12), "weight_scale": floats(N, 2), "weight_shape": np.array([N, K])}),
+        "autoround-6bit": ({"quant_method": "auto-round", "bits": 6, "group_size": 64, "sym": False, "packing_format": "auto_round",
+                            "extra_config": {r".*\.lm_head": {"bits": 16}}},
+                           {"qweight": numbers(np.int32, K * 6 // 32, N), "qzeros": numbers(np.int32, 2, N * 6 // 32),
+                            "scales": floats(2, N)}),
+        "quark-uint4": ({"quant_method": "quark", "export": {"pack_method": "order"}, "global_quant_config": {
+            "weight": {"dtype": "uint4", "qscheme": "per_group", "group_size": 64, "symmetric": False}, "input_tensors": None}},
+            {"weight": numbers(np.int32, K, N // 8), "weight_scale": floats(2, N), "weight_zero_point": numbers(np.int32, 2, N // 8)}),
+        "fp8-static": ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+                       {"weight": numbers(np.int8, N, K).view(E4M3), "weight_scale_inv": floats(kind=np.float32),
+                        "activation_scale": floats(kind=np.float32)}),
+        "modelopt-blocks": ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+                            {"weight": numbers(np.int8, N, K).view(E4M3), "weight_scale": floats(1, 1, 1, 1, kind=np.float32)}),
         "ct-mxfp6": ({"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized", "config_groups": {"g": {
             "targets": ["Linear"], "weights": {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}}}},
             {"weight_packed": numbers(np.uint8, N, K * 3 // 4), "weight_scale": numbers(np.uint8, N, K // 32)}),
@@ -70,6 +82,23 @@ def _wan(folder: Path, rng, kind: str, tensors: dict) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": K, "num_heads": 2}))
 
 
+def _gguf(folder: Path, rng) -> None:
+    """NVFP4 with outer scales, rows to put in order, numbers of heads by layer."""
+    import gguf
+    folder.mkdir(parents=True)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "deci")
+    writer.add_array("deci.attention.head_count", [4, 2])
+    for layer in range(2):
+        writer.add_tensor(f"blk.{layer}.attn_q.weight", rng.integers(0, 126, (N, 36 * K // 64)).astype(np.uint8),
+                          raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+        writer.add_tensor(f"blk.{layer}.attn_q.scale", np.ones(1, np.float32))
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(K, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write(folder: Path) -> list[Path]:
     """All of them, each in a folder of its own."""
     import qfunc
@@ -78,6 +107,7 @@ def write(folder: Path) -> list[Path]:
     for name, (quantization, tensors) in _tensors(rng).items():
         checkpoint(folder / name, {f"{MODULE}.{part}": array for part, array in tensors.items()}, quantization)
     _experts(folder / "gpt-oss", rng)
+    _gguf(folder / "gguf-nvfp4", rng)
     exponents = rng.integers(100, 130, (N, K // 32)).astype(np.uint8)
     nibbles = rng.integers(0, 256, (N, K // 2)).astype(np.uint8)
     _wan(folder / "wan" / "high_noise_model", rng, "W4A4_MXFP4_DUALSCALE", {
