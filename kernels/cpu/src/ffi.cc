@@ -299,3 +299,10 @@ extern "C" QFUNC_EXPORT double qfunc_peak(int integer, int64_t rounds) {
   const qfunc::Kernels* kernels = qfunc::select_kernels(&error);
   return kernels ? kernels->peak(integer != 0, rounds) : 0.0;
 }
+
+// Reads `count` numbers of 8 bytes; the result is their exclusive or, so that nothing can be left out. For measuring bandwidth.
+extern "C" QFUNC_EXPORT uint64_t qfunc_read(const uint64_t* from, int64_t count) {
+  uint64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found ^= from[i];
+  return found;
+}

@@ -40,16 +40,22 @@ double peak(bool integer, int64_t rounds) {
   __m512 sums[12];
 #pragma GCC unroll 12
   for (int j = 0; j < 12; ++j) counts[j] = _mm512_setzero_si512(), sums[j] = _mm512_setzero_ps();
+  const __m512i v = _mm512_load_si512(numbers);
+  const __m512 f = _mm512_castsi512_ps(v);
   for (int64_t i = 0; i < rounds; ++i) {
-    asm volatile("" ::: "memory");  // nothing is known to stay the same from round to round
-    const __m512i v = _mm512_load_si512(numbers);
-    const __m512 f = _mm512_castsi512_ps(v);
+    // Every sum passes through an unknown operation: twelve equal ones would be computed once.
     if (integer) {
 #pragma GCC unroll 12
-      for (int j = 0; j < 12; ++j) counts[j] = _mm512_dpbusd_epi32(counts[j], v, v);
+      for (int j = 0; j < 12; ++j) {
+        counts[j] = _mm512_dpbusd_epi32(counts[j], v, v);
+        asm volatile("" : "+v"(counts[j]));
+      }
     } else {
 #pragma GCC unroll 12
-      for (int j = 0; j < 12; ++j) sums[j] = _mm512_fmadd_ps(f, f, sums[j]);
+      for (int j = 0; j < 12; ++j) {
+        sums[j] = _mm512_fmadd_ps(f, f, sums[j]);
+        asm volatile("" : "+v"(sums[j]));
+      }
     }
   }
   volatile float sink = 0;
