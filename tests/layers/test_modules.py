@@ -72,7 +72,10 @@ def test_packed_modules_run_beside_those_of_flax(net):
     graph, state = nnx.split(qnet)
     twin = nnx.merge(graph, qfunc.dequantize(state), copy=True)
     close(run(qnet, ids), run(twin, ids))
-    assert 1e-4 < np.abs(run(qnet, ids)[0] - run(net, ids)[0]).max() < 0.3
+    x = net.embed(ids)                  # the parts without a router, which one step of int8 may turn to another expert
+    for part in ("attention", "mlp"):
+        got, want = run(getattr(qnet, part), x), run(getattr(net, part), x)
+        assert 1e-4 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.05
     dynamic = qfunc.layers.quantize_nnx(net, "w8a8_dynamic")
     assert str(jax.make_jaxpr(lambda x: dynamic.attention(x))(jnp.ones((1, 3, H)))).count("quantize_activation[") == 1
     assert "quantized_matmul" in str(jax.make_jaxpr(jax.grad(lambda x: dynamic.attention(x).sum()))(jnp.ones((1, 3, H))))

@@ -71,8 +71,9 @@ def relative(a, b):
 
 
 # Where activations are quantized, each device quantizes its own part of a row, which moves the result by part of the scheme's error.
-SCHEMES = {"w8a8_dynamic": 0.02, "w8a8_static": 0.002, "w4a16_g128": 1e-4, "w4a16_g128_asym": 1e-4, "w4a8_dynamic": 0.02, "fp8_block": 1e-4,
-           "mxfp4": 1e-4}
+# In groups the parts are those of one device, and only the order of sums moves an activation now and then to the next code.
+SCHEMES = {"w8a8_dynamic": 0.02, "w8a8_static": 0.002, "w4a16_g128": 1e-4, "w4a16_g128_asym": 1e-4, "w4a8_dynamic": 0.02, "fp8_block": 5e-3,
+           "mxfp4": 0.02}
 CASES = [(found, axis) for found in ("dense", "moe") for axis in ("tp", "ep") if (found, axis) != ("dense", "ep")]
 
 
@@ -159,7 +160,8 @@ def test_blocks_wider_than_a_device_keep_their_scale():
     placed = place(params, config, mesh_of(2))
     assert placed["model"]["layers"]["0"]["self_attn"]["k_proj"]["kernel"].scale.shape == (2, 8)
     one, many, steps = both(params, config, mesh_of(2))
-    assert relative(many, one) < 1e-4 and relative(steps, one) < 1e-4
+    # A sum in another order may move an activation by one step of e4m3, 2^-3; a scale of the wrong block would be far beyond.
+    assert relative(many, one) < 5e-3 and relative(steps, one) < 5e-3
 
 
 def sweep() -> None:
