@@ -98,6 +98,12 @@ def _matrix(parts: Parts, dtypes) -> tuple[int, int]:
 NAMES = {"weight": PREFIX + "qdata", "scale": PREFIX + "scale", "zero": PREFIX + "zero_point"}
 
 
+def _symmetric(parts: Parts) -> bool:
+    """Whether a weight has no zero points, which only the numbers tell: those of its first page here, the others when it is read."""
+    name = NAMES["zero"]
+    return name not in parts or not parts.tensors[name].read().reshape(-1)[:4096].any()
+
+
 def int8(attributes: Config, parts: Parts) -> Layer:
     outs, ins = _matrix(parts, ("I8",))
     act = _act(attributes)
@@ -106,7 +112,8 @@ def int8(attributes: Config, parts: Parts) -> Layer:
         zero = "int" if _plain(act.get("mapping_type")) == "ASYMMETRIC" else None
         row = _granularity_of(act, attributes) == "PerRow"
         spec = ActivationSpec("int8", TOKEN if row else TENSOR, zero=zero, scale_rule="minmax_inverse" if zero else "amax_half_inverse")
-    return common.byte_layer(parts, **NAMES, grain=_grain(attributes, parts, outs, ins), activation=spec, rule="amax_half", dtypes=("I8",))
+    return common.byte_layer(parts, **NAMES, grain=_grain(attributes, parts, outs, ins), activation=spec, symmetric=_symmetric(parts),
+                             rule="amax_half", dtypes=("I8",))
 
 
 def intx(attributes: Config, parts: Parts) -> Layer:
@@ -118,7 +125,7 @@ def intx(attributes: Config, parts: Parts) -> Layer:
     spec = None if how is None else ActivationSpec("int8", TOKEN, zero="int" if "asym" in how else None,
                                                    scale_rule="minmax_inverse" if "asym" in how else "amax_half_inverse")
     return common.byte_layer(parts, **NAMES, grain=_grain(attributes, parts, outs, ins), activation=spec, bits=int(kind[3:]),
-                             rule="amax_half", dtypes=("I8",))
+                             symmetric=_symmetric(parts), rule="amax_half", dtypes=("I8",))
 
 
 def float8(attributes: Config, parts: Parts) -> Layer:

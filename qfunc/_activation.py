@@ -1,6 +1,7 @@
 """Quantization of activations: the formulas, as plain jax.numpy. They are the specification that every kernel must equal.
 
-s = clip amax / c, or 1 where that is 0; codes = clip(round(x / s)); a zero row gives exactly zero codes.
+s = clip amax / c, or 1 where that is 0; codes = clip(round(x / s)), or clip(round(x (1 / s))) under the rules of `_scales.INVERSE`; a zero
+row gives exactly zero codes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
     element = code(spec.code)
     x = bounded(x.astype(jnp.float32), spec)
     scale, zero = _scale_zero(x, spec, element, input_scale, input_zero, scope)
-    y = divide(x, _wide(scale, spec, x.shape[-1]))
+    if spec.scale_rule in _scales.INVERSE:
+        y = x * _wide(divide(1, scale), spec, x.shape[-1])
+    else:
+        y = divide(x, _wide(scale, spec, x.shape[-1]))
     if not element.integer:
         return QuantizedActivation(element.encode(y, spec.rounding), scale, None)
     y = round_by(y, spec.rounding)
@@ -109,7 +113,7 @@ def _scale_zero(x, spec: ActivationSpec, element: Code, input_scale, input_zero,
         raise ValueError("a static activation scheme needs the calibrated input_scale of the weight, found none")
     if spec.zero == "int":
         lo, hi = _cells(x, spec, scope, jnp.min) * spec.clip, _cells(x, spec, scope, jnp.max) * spec.clip
-        scale, zero = _scales.minmax(lo, hi, element)
+        scale, zero = _scales.minmax(lo, hi, element, joined=spec.scale_rule == "minmax_inverse")
         return scale, jnp.where(jnp.isfinite(zero), zero, 0).astype(jnp.int32)
     amax = _cells(jnp.abs(x), spec, scope, jnp.max)
     if spec.clip != 1:

@@ -69,16 +69,25 @@ SYMMETRIC: dict[str, Callable] = {
     "amax": lambda lo, hi, code: divide(_amax(lo, hi), code.highest),
     # compressed-tensors and torchao: amax / (2^(b-1) - 1/2), the lowest code is used.
     "amax_half": lambda lo, hi, code: divide(_amax(lo, hi), code.highest + 0.5),
+    # The same with torchao's smallest scale, float32's epsilon (its int8 activations).
+    "amax_half_inverse": lambda lo, hi, code: jnp.maximum(divide(_amax(lo, hi), code.highest + 0.5), jnp.float32(2**-23)),
     "full_range": _full_range,
 }
 """Rules without a zero point: (lo, hi, code) -> float32 scale."""
 
+INVERSE = frozenset({"amax_half_inverse", "minmax_inverse"})
+"""Rules of activations whose codes are round(x (1 / s)), as torchao computes them, where those of all others are round(x / s): the two
+differ where x / s is a tie, and under `amax_half` the largest element of every row is one."""
 
-def minmax(lo, hi, code: Code, rounding: Callable = jnp.round):
-    """Integer zero point over a range that includes 0: s = (hi - lo) / (2^b - 1), z = clip(round(lowest - lo / s)); w = (q - z) s."""
+
+def minmax(lo, hi, code: Code, rounding: Callable = jnp.round, joined: bool = False):
+    """Integer zero point over a range that includes 0: s = (hi - lo) / (2^b - 1), z = clip(round(lowest - lo / s)); w = (q - z) s.
+
+    `joined`: one division, as torchao has it (`minmax_inverse`); else two, since hi - lo may overflow.
+    """
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
     steps = code.highest - code.lowest
-    scale = usable(divide(hi, steps) - divide(lo, steps))       # two divisions: hi - lo may overflow
+    scale = usable(divide(hi - lo, steps) if joined else divide(hi, steps) - divide(lo, steps))
     return scale, jnp.clip(code.lowest - rounding(divide(lo, scale)), code.lowest, code.highest)
 
 
@@ -124,7 +133,7 @@ MX: dict[str, Callable] = {
 DUAL_SPAN = 512
 """Elements that share one outer float32 scale, amax / c, under the rule `mx_dual`; below it are blocks of 32 by `mx_floor`."""
 
-RULES = (*SYMMETRIC, *MX, "minmax", "minmax_float", "two_level", "double", "mx_dual")
+RULES = (*SYMMETRIC, *MX, "minmax", "minmax_inverse", "minmax_float", "two_level", "double", "mx_dual")
 """The names that `WeightSpec.scale_rule` and `ActivationSpec.scale_rule` take."""
 
 

@@ -133,6 +133,30 @@ def test_other_rules_use_the_lowest_code():
     np.testing.assert_allclose(scale, 1 / 127.5, rtol=1e-7)
 
 
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+def test_torchao_multiplies_by_the_inverse_of_the_scale(rng, mapping):
+    torch = pytest.importorskip("torch")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    from torchao.quantization import Int8Tensor
+    from torchao.quantization.quant_primitives import MappingType
+    x = activation(rng, 200, 96)
+    x[3:6] *= np.float32([[1e-6], [1e-3], [1e6]])                      # below and above torchao's smallest scale
+    theirs = Int8Tensor.from_hp(torch.from_numpy(x), granularity.PerRow(), MappingType[mapping])
+    symmetric = mapping == "SYMMETRIC"
+    zero, rule = (None, "amax_half_inverse") if symmetric else ("int", "minmax_inverse")
+    spec = qfunc.ActivationSpec("int8", zero=zero, scale_rule=rule)
+    for run in (quantize, qfunc.quantize_activation):
+        codes, scale, zero = run(x, spec)
+        # Of torchao's asymmetric tensors, those with a smallest scale are not the ones that are recorded (`IntxUnpackedToInt8Tensor`).
+        seen = np.flatnonzero((theirs.scale.numpy()[:, 0] > 2**-23) | symmetric)
+        np.testing.assert_array_equal(np.asarray(codes)[seen], theirs.qdata.numpy()[seen])
+        np.testing.assert_array_equal(np.asarray(scale)[seen], theirs.scale.numpy()[seen])
+        assert symmetric or (np.asarray(zero)[seen] == theirs.zero_point.numpy()[seen]).all()
+    if symmetric:                                                          # by division the largest elements of some rows get other codes
+        other = quantize(x, qfunc.ActivationSpec("int8", scale_rule="amax_half"))[0]
+        assert (np.asarray(other) != theirs.qdata.numpy()).any()
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_batching_never_merges_scales(rng, name):
     x = activation(rng, 3, 2, 4, 128)

@@ -10,7 +10,7 @@ import torch
 
 from qfunc._codes import code as element_code
 from qfunc._numerics import TINY
-from qfunc._scales import MX_ELEMENTS
+from qfunc._scales import INVERSE, MX_ELEMENTS
 from qfunc._spec import ActivationSpec
 
 FLOAT8 = {"fp8_e4m3": (torch.float8_e4m3fn, 4, 3), "fp8_e5m2": (torch.float8_e5m2, 5, 2)}
@@ -146,7 +146,7 @@ def _scale_zero(x, spec: ActivationSpec, scale, zero, scope: int):
     if spec.zero == "int":
         low, high = (_cells(x, spec, scope, end) * spec.clip for end in ("amin", "amax"))
         low, high, steps = low.clamp(max=0), high.clamp(min=0), element.highest - element.lowest
-        found = usable(high / steps - low / steps)
+        found = usable((high - low) / steps if spec.scale_rule == "minmax_inverse" else high / steps - low / steps)
         middle = (element.lowest - torch.round(low / found)).clamp(element.lowest, element.highest)
         return found, torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)).to(torch.int32)
     amax = _cells(x.abs(), spec, scope, "amax")
@@ -162,6 +162,8 @@ def _scale_zero(x, spec: ActivationSpec, scale, zero, scope: int):
     if spec.scale_rule == "full_range":
         low, high = (_cells(x, spec, scope, end) * spec.clip for end in ("amin", "amax"))
         return usable(-torch.where(high.abs() >= low.abs(), high, low) / -element.lowest), None
+    if spec.scale_rule == "amax_half_inverse":
+        return usable((amax / (element.highest + 0.5)).clamp(min=2**-23)), None
     return usable(amax / {"amax": element.highest, "amax_half": element.highest + 0.5}[spec.scale_rule]), None
 
 
@@ -182,7 +184,7 @@ def quantize(x: torch.Tensor, spec: ActivationSpec, scale=None, zero=None, scope
     x = x.to(torch.float32)
     x = x if spec.bound is None else x.clamp(-spec.bound, spec.bound)
     scale, zero = _scale_zero(x, spec, scale, zero, scope)
-    y = x / wide(scale, spec, x.shape[-1])
+    y = x * wide(1 / scale, spec, x.shape[-1]) if spec.scale_rule in INVERSE else x / wide(scale, spec, x.shape[-1])
     if not element.integer:
         return encode(y, spec.code, spec.rounding), scale, None
     y = round_by(y, spec.rounding)

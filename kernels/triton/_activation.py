@@ -86,6 +86,9 @@ def symmetric_scale(amax, outer, RULE: tl.constexpr, DIVISOR: tl.constexpr, CLIP
         return tl.where(inner == inner, kept, float("nan")) * outer
     elif RULE == "amax" or RULE == "amax_half":
         return usable(tl.math.div_rn(amax, DIVISOR))
+    elif RULE == "amax_half_inverse":
+        least = tl.maximum(tl.math.div_rn(amax, DIVISOR), 1.1920928955078125e-07)
+        return usable(tl.where(amax == amax, least, float("nan")))
     else:
         return power_scale(amax, RULE, HIGH, EMAX, MANTISSA)
 
@@ -98,9 +101,12 @@ def amax_of(v, axis: tl.constexpr):
 
 @triton.jit
 def coded(v, s, z, CODE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr,
-          ROUNDING: tl.constexpr, ASYMMETRIC: tl.constexpr):
+          RULE: tl.constexpr, ROUNDING: tl.constexpr, ASYMMETRIC: tl.constexpr):
     """Codes of v under the scale s and zero point z, as int32."""
-    y = tl.math.div_rn(v, s)
+    if RULE == "amax_half_inverse" or RULE == "minmax_inverse":
+        y = v * tl.math.div_rn(1.0, s)
+    else:
+        y = tl.math.div_rn(v, s)
     if CODE == "int":
         q = rounded(y, ROUNDING)
         if ASYMMETRIC:
@@ -151,7 +157,10 @@ def quantize_rows(x, up, gain, given, given_zero, codes, scale, zero, M, K, GROU
         if ASYMMETRIC:
             low = tl.where(invalid > 0, float("nan"), low * CLIP)
             high = tl.where(invalid > 0, float("nan"), high * CLIP)
-            one = usable(tl.math.div_rn(high, DIVISOR) - tl.math.div_rn(low, DIVISOR))
+            if RULE == "minmax_inverse":
+                one = usable(tl.math.div_rn(high - low, DIVISOR))
+            else:
+                one = usable(tl.math.div_rn(high, DIVISOR) - tl.math.div_rn(low, DIVISOR))
             point = LOW - rounded(tl.math.div_rn(low, one), "rne")
             point = tl.where(tl.abs(point) < float("inf"), tl.minimum(tl.maximum(point, LOW), HIGH), 0.0)
             tl.store(zero + r, point.to(tl.int32), mask=ok)
@@ -176,8 +185,8 @@ def quantize_rows(x, up, gain, given, given_zero, codes, scale, zero, M, K, GROU
             many = symmetric_scale(amax_of(cells, 2), outer, RULE, DIVISOR, CLIP, HIGH, EMAX, MANTISSA, INNER_LOW, INNER_HIGH)
             g = start // GROUP + tl.arange(0, BK // GROUP)[None, :]
             tl.store(scale + r.to(tl.int64)[:, None] * GROUPS + g, many, mask=ok[:, None] & (g < GROUPS))
-            q = coded(cells, many[:, :, None], 0.0, CODE, LOW, HIGH, EXPONENT, MANTISSA, ROUNDING, False)
+            q = coded(cells, many[:, :, None], 0.0, CODE, LOW, HIGH, EXPONENT, MANTISSA, RULE, ROUNDING, False)
             q = tl.reshape(q, (BR, BK))
         else:
-            q = coded(v, s, z, CODE, LOW, HIGH, EXPONENT, MANTISSA, ROUNDING, ASYMMETRIC)
+            q = coded(v, s, z, CODE, LOW, HIGH, EXPONENT, MANTISSA, RULE, ROUNDING, ASYMMETRIC)
         tl.store(codes + row[:, None] + k, q.to(codes.dtype.element_ty), mask=mask)

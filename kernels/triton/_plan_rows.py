@@ -33,6 +33,8 @@ def refusal(call: Call, target: Target) -> str | None:
         return "an empty activation"
     if max(math.prod(x.shape[:-1]), x.shape[-1]) >= 2**30:
         return f"an axis of x {x.shape}, which 32-bit indices do not reach safely"
+    if -(-x.shape[-1] // CHUNK) > 65535:
+        return f"rows of {x.shape[-1]}, more chunks than one launch has room for"
     size = spec.granularity.size
     if spec.granularity.kind == "group" and (size & (size - 1) or not 16 <= size <= CHUNK):
         return f"groups of {size}: expected a power of two from 16 to {CHUNK}"
@@ -40,7 +42,7 @@ def refusal(call: Call, target: Target) -> str | None:
         return "zero points for groups of the activation"
     if spec.outer is not None and spec.granularity.kind != "group":
         return f"an outer scale over scales per {spec.granularity.kind}"
-    if spec.outer is None and spec.scale_rule not in ("amax", "amax_half", "minmax", *_scales.MX):
+    if spec.outer is None and spec.scale_rule not in ("amax", "amax_half", "minmax", *_scales.INVERSE, *_scales.MX):
         return f"activation scales by the rule {spec.scale_rule!r}"
     return None
 
@@ -106,4 +108,4 @@ def divisor(spec, element) -> float:
     """What amax (or the whole range, with a zero point) is divided by."""
     if spec.zero is not None:
         return float(element.highest - element.lowest)
-    return float(element.highest + (0.5 if spec.scale_rule == "amax_half" else 0))
+    return float(element.highest + (0.5 if spec.scale_rule in ("amax_half", "amax_half_inverse") else 0))
