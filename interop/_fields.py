@@ -40,7 +40,14 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "sparsity_config": {"format": "read: must be dense", "registry_requires_subclass": "not needed where dense",
                             "sparsity_structure": "not needed where dense", "global_sparsity": "not needed where dense",
                             "ignore": "not needed where dense", "targets": "not needed where dense"},
-        "transform_config": {"config_groups": "read: must be empty"},
+        "transform_config": {"config_groups": "read"},
+        "transform_config/config_groups/*": {
+            "type": "not needed: in the weights", "apply": "read: location must be weight_input or weight_output",
+            "randomize": "not needed: in the weights", "requires_grad": "read: must not be true",
+            "head_dim": "not needed: in the weights", "precision": "not needed: in the weights"},
+        "transform_config/config_groups/*/apply": {
+            "targets": "not needed: in the weights", "location": "read", "inverse": "not needed: in the weights",
+            "ignore": "not needed: in the weights"},
     },
     "bitsandbytes": {
         "weight.quant_state.bitsandbytes__*": {

@@ -22,12 +22,15 @@ from ._family import Config, Family, Source
 from ._naming import named
 from ._paths import is_table
 from ._plan import Layer, Parts, fill_of, scale_reader
+from ._refuse import short
 from ._repack import by_rows, nibble_rows, padded_words, six_bit_bytes, stream
 from ._streams import row_stream
 
 DENSE = "dense"
 EXPERTS = ("MoEGMM", "FusedMoE")
 """Classes that exporters name as targets when they mean the experts' linears."""
+OFFLINE = ("weight_input", "weight_output")
+"""Where a transform is multiplied into the weight."""
 CLASSES = (*EXPERTS, "Linear", "Embedding")
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
            "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "marlin-24", DENSE)
@@ -93,8 +96,8 @@ def settings(source: Source) -> Settings:
     if sparsity is not None and sparsity.get("format") not in (None, DENSE):
         raise quant.fail("sparsity_config.format", "dense (sparse checkpoints are not read)", sparsity.get("format"))
     transform = quant.section("transform_config")
-    if transform is not None and transform.get("config_groups"):
-        raise quant.fail("transform_config", "no online transforms (they are not read)", transform.get("config_groups"))
+    if transform is not None:
+        _transforms(transform)
     form = quant.choice("format", FORMATS, "naive-quantized")
     sections = quant.get("config_groups")
     if not isinstance(sections, dict) or not sections:
@@ -102,6 +105,21 @@ def settings(source: Source) -> Settings:
     groups = tuple(_group(name, entry, quant) for name, entry in sections.items())
     kv = quant.section("kv_cache_scheme")
     return Settings(groups, tuple(quant.strings("ignore")), form, quant, None if kv is None else _kv(kv))
+
+
+def _transforms(config: Config) -> None:
+    """Rotations that were multiplied into the weights when the checkpoint was made need nothing; those at run time are refused."""
+    for name, entry in config.sections("config_groups").items():
+        scheme = Config(entry, config.where, f"{config.prefix}config_groups.{name}.")
+        if scheme.boolean("requires_grad"):
+            raise scheme.fail("requires_grad", "false: transforms that are in the weights already")
+        places = scheme.get("apply")
+        if not isinstance(places, list) or not all(isinstance(place, dict) for place in places):
+            raise scheme.fail("apply", "a list of objects")
+        for place in places:
+            if place.get("location") not in OFFLINE:
+                raise scheme.fail("apply", f"the locations {' and '.join(OFFLINE)} (transforms at run time are not read)",
+                                  short(place.get("location")))
 
 
 def _kv(config: Config) -> str:
@@ -303,7 +321,8 @@ FIELDS = {
     "group_size, block_structure), input_activations (the same, dynamic, scale_dtype); output_activations must be null; observer, "
     "observer_kwargs, actorder, zp_dtype say how it was calibrated", "ignore": "read", "kv_cache_scheme": "read: type, num_bits, strategy, "
     "symmetric", "quantization_status": "read: compressed or frozen", "sparsity_config": "read: must be dense", "transform_config":
-    "read: must be empty", "global_compression_ratio": "not needed", "version": "not needed: shapes tell the packing",
+    "read: only transforms that are in the weights already",
+    "global_compression_ratio": "not needed", "version": "not needed: shapes tell the packing",
     "moe_sparsity_config": "not needed",
 }
 FAMILY = Family("compressed-tensors", settings, layer, MARKS, fields=FIELDS, kv_code=lambda s: s.kv)

@@ -177,3 +177,48 @@ def test_of_several_groups_the_one_that_compressed_tensors_takes(tmp_path):
                 theirs, ours = match(name, linear, list(targets)), settings.of(name)
                 assert (ours is None) == (not theirs)
                 assert ours is None or ours.targets == (theirs[0],)
+
+
+def test_transforms_of_compressed_tensors_that_are_in_the_weights(tmp_path):
+    """The tool multiplies offline rotations into weight and bias and keeps nothing else; those at run time are refused by name."""
+    transform = pytest.importorskip("compressed_tensors.transform")
+    layer = torch.nn.Sequential()
+    layer.linear = torch.nn.Linear(64, 32, bias=True)
+    places = [{"targets": ["Linear"], "location": "weight_input", "inverse": True}, {"targets": ["Linear"], "location": "weight_output"}]
+    config = transform.TransformConfig(config_groups={"R1": {"type": "hadamard", "apply": places}})
+    before = layer.linear.weight.detach().clone()
+    transform.apply_transform_config(layer, config)
+    assert set(layer.state_dict()) == {"linear.weight", "linear.bias"} and not torch.allclose(layer.linear.weight, before)
+    _, _, plain = compressed("int-quantized", num_bits=8, type="int", strategy="channel")
+    scale = layer.linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    codes = torch.round(layer.linear.weight.detach() / scale).to(torch.int8)
+    tensors = {"weight": codes, "weight_scale": scale, "bias": layer.linear.bias}
+    told = json.loads(config.model_dump_json())
+    got, _ = loaded(tmp_path / "a", tensors, {**plain, "transform_config": told})
+    assert np.array_equal(got, (codes.float() * scale).numpy())
+    assert not qfunc.load(tmp_path / "a").notes
+    for wrong in ({"location": "input"}, {"location": "q_attn"}, {}):
+        told["config_groups"]["R1"]["apply"][1] = {"targets": ["Linear"], **wrong}
+        with pytest.raises(qfunc.CheckpointError, match=r"config_groups\.R1\.apply.*at run time"):
+            loaded(tmp_path / "b", tensors, {**plain, "transform_config": told})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+def test_integers_of_torchao_with_and_without_zero_points(tmp_path, bits, mapping):
+    torchao = pytest.importorskip("torchao.quantization")
+    safetensors = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    from safetensors.torch import save_file
+    from torchao.quantization.quant_primitives import MappingType
+    model = torch.nn.Sequential()
+    model.linear = torch.nn.Linear(96, 40, bias=False)
+    model.linear.weight.data = matrix(outs=40, ins=96) + .3
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=torchao.PerGroup(32),
+                                          mapping_type=MappingType[mapping])
+    torchao.quantize_(model, config)
+    tensors, metadata = safetensors.flatten_tensor_state_dict({"linear.weight": model.linear.weight.data})
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "torchao", "quant_type": {}}}))
+    leaf = qfunc.load(tmp_path).weight("linear")
+    assert np.array_equal(leaf.dequantize("float32").T, model.linear.weight.dequantize().detach().numpy())
+    assert leaf.scheme.name == f"w{bits}a16_g32" + "_asym" * (mapping == "ASYMMETRIC")
