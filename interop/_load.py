@@ -28,6 +28,9 @@ from ._refuse import refuse, short, uncollected
 from .safetensors import FLOATS, Tensor
 
 INTEGERS = {"I64": np.int32, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "U32": np.uint32}
+PACKED = frozenset({"qweight", "qzeros", "scaled_zeros", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2",
+                    "weight_global_scale", "SCB", "absmax", "quant_map", "deq_scale", "quant_bias", "_weight_qdata"})
+"""Parameters that only quantized layers have, whoever wrote them."""
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -215,6 +218,8 @@ def _add_floats(plan: Plan, modules: list, family: Family | None, in_out: bool) 
                 raise refuse(tensor.file.path, tensor.name, expected, f"{tensor.dtype} {list(tensor.shape)} and {', '.join(tensors)}")
             if family is not None and param in family.marks:
                 raise refuse(tensor.file.path, tensor.name, "a layer that the configuration makes quantized", "one that it leaves in float")
+            if family is None and param in PACKED:
+                raise refuse(tensor.file.path, tensor.name, "a configuration that names the quantization", "none: is config.json whole?")
             match = EXPERT.fullmatch(module)
             if match and str(int(match["index"])) == match["index"]:
                 stacks[match["stack"], f"{match['rest']}.{param}"][int(match["index"])] = tensor

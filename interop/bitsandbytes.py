@@ -22,7 +22,7 @@ from . import _common as common
 from ._family import Config, Family, Source
 from ._naming import named
 from ._plan import FLOATS, Layer, Parts, fill_of, scale_reader, value
-from ._refuse import integer, parse_json
+from ._refuse import integer, parse_json, short
 from ._repack import nibble_rows
 
 TABLES = {"nf4": ("nf4", NF4), "fp4": ("fp4_bnb", FP4_BNB)}
@@ -75,6 +75,8 @@ def _state(parts: Parts, kind: str) -> dict:
     state = parse_json(tensor.read().tobytes(), f"{tensor.file.path}: {parts.module}.{name}")
     if not isinstance(state, dict) or state.get("quant_type") != kind:
         raise parts.fail(name, f"quant_type {kind}", repr(state))
+    if str(state.get("dtype", "float32")).removeprefix("torch.") not in ("float32", "float16", "bfloat16"):
+        raise parts.fail(name, "dtype float32, float16 or bfloat16", short(state["dtype"]))
     return state
 
 

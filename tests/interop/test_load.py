@@ -237,3 +237,23 @@ def test_a_scale_of_torchaos_nvfp4_that_is_nan_is_refused(tmp_path):
     write_file(folder / "model.safetensors", {**header, "__metadata__": file.metadata}, data)
     with pytest.raises(CheckpointError, match="_weight_scale.*finite"):
         qfunc.load(folder)
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-4bit-g128-sym", "autoawq-gemm-4bit-g128", "ct-w4a16-sym-g128", "bnb-nf4", "modelslim-w8a8",
+                                  "torchao-int8wo", "quark-mxfp4", "ct-fp8-dynamic"])
+def test_packed_weights_without_their_configuration_are_refused(tmp_path, name):
+    folder = tmp_path / "a"
+    shutil.copytree(DATA / name, folder)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="names (the|no) quantization"):
+        qfunc.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float999", "object", "int8", "float8_e4m3fn"])
+def test_a_quant_state_of_bitsandbytes_names_a_float_type(tmp_path, dtype):
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": [8, 8], "dtype": dtype}).encode()
+    tensors = {"a.weight": np.zeros((32, 1), np.uint8), "a.weight.absmax": np.ones(1, np.float32),
+               "a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8)}
+    with pytest.raises(CheckpointError, match="dtype float32, float16 or bfloat16"):
+        qfunc.load(checkpoint(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True}))
