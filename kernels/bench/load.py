@@ -3,9 +3,8 @@
     python kernels/bench/load.py [--gigabytes 2] [--families gptq awq ...] [--rounds 3] [--json FILE]
 
 For every family a synthetic checkpoint of layers of 4096 x 4096 is written once, then read plainly (`np.fromfile`, whole files) and loaded
-(`qfunc.load`, until every array is on the device),
-    alternating; the best of the rounds counts. A ratio of 0.5 means that loading takes twice
-as long as reading. Families marked `=` are stored in qfunc's own packing, the others are repacked.
+(`qfunc.load`, until every array is on the device), alternating; the best of the rounds counts. A ratio of 0.5 means that loading takes
+twice as long as reading. Families marked `=` are stored in qfunc's own packing, the others are repacked.
 """
 
 from __future__ import annotations
@@ -127,7 +126,9 @@ def write_gguf(path: Path, size: int, noise: bytes) -> Path:
         return struct.pack("<Q", len(text)) + text.encode()
     each = SIZE * SIZE // 256 * 144
     layers = max(1, size // each)
-    blob = (noise * (each // len(noise) + 1))[:each]
+    blocks = np.frombuffer((noise * (each // len(noise) + 1))[:each], np.uint8).reshape(-1, 144).copy()
+    blocks[:, [1, 3]] &= 0x3F                       # the scales, float16, are finite
+    blob = blocks.tobytes()
     head = b"GGUF" + struct.pack("<IQQ", 3, layers, 1) + string("general.architecture") + struct.pack("<I", 8) + string("qwen3")
     for i in range(layers):
         head += string(f"blk.{i}.ffn_up.weight") + struct.pack("<IQQIQ", 2, SIZE, SIZE, 12, i * each)
