@@ -117,11 +117,20 @@ def exponent_scale(byte):
 
 
 @triton.jit
-def weight_scale(scale_ptr, scale2_ptr, levels_ptr, mean, at, outer, SCALE: tl.constexpr, SCALE2: tl.constexpr):
-    """Effective float32 scales at the indices `at` of one matrix; `outer` is the second scale of two-level formats."""
+def stored_scale(scale_ptr, scale2_ptr, at, SCALE: tl.constexpr):
+    """What is read of the scales at the indices `at` of one matrix, and the scale of its 256 where scales are nested."""
     s = tl.load(scale_ptr + at)
+    if SCALE == "nested":
+        return s, tl.load(scale2_ptr + at // 256)
+    else:
+        return s, s
+
+
+@triton.jit
+def scale_value(s, second, levels_ptr, mean, outer, SCALE: tl.constexpr, SCALE2: tl.constexpr):
+    """Effective float32 scales of what `stored_scale` read; `outer` is the second scale of two-level formats."""
     if SCALE == "nested":                   # bitsandbytes: a code of the 8-bit map, times the scale of its 256, plus the mean
-        return tl.load(levels_ptr + s.to(tl.int32)) * tl.load(scale2_ptr + at // 256) + mean
+        return tl.load(levels_ptr + s.to(tl.int32)) * second + mean
     if SCALE == "e8m0":
         value = exponent_scale(s)
     elif SCALE == "e4m3":
@@ -132,3 +141,10 @@ def weight_scale(scale_ptr, scale2_ptr, levels_ptr, mean, at, outer, SCALE: tl.c
         return value
     else:
         return value * outer
+
+
+@triton.jit
+def weight_scale(scale_ptr, scale2_ptr, levels_ptr, mean, at, outer, SCALE: tl.constexpr, SCALE2: tl.constexpr):
+    """Effective float32 scales at the indices `at` of one matrix."""
+    s, second = stored_scale(scale_ptr, scale2_ptr, at, SCALE)
+    return scale_value(s, second, levels_ptr, mean, outer, SCALE, SCALE2)

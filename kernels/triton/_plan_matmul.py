@@ -188,11 +188,11 @@ def default_config(call: Call, target: Target) -> Config:
     return Config(block_m, block_n, 128, split, 4, 4 if block_m <= 32 else 3, swapped=True)
 
 
-def largest_tile(call: Call, target: Target) -> tuple[int, int]:
+def largest_tile(call: Call, target: Target, swapped: bool = True) -> tuple[int, int]:
     """(sums of the largest tile, sums up to which four warps have registers for them), as compilations show.
 
     Sums that are scaled step by step take their registers twice; 8-bit codes that are decoded, and on all but Hopper operands of any
-    product, lie in registers beside them.
+    product, lie in registers beside them: 128 of a step where codes have 8 bits and are the left operand.
     """
     call = coded(call)
     dot = arithmetic(call, target)
@@ -200,7 +200,8 @@ def largest_tile(call: Call, target: Target) -> tuple[int, int]:
     fresh, decoded = scaled or dot in ("e4m3", "e5m2"), dot not in ("s8", "e4m3", "e5m2")
     hopper, later = target.arch == 90, target.backend == "cuda" and target.arch > 90
     tight = not hopper and fresh and (decoded or target.backend == "hip") or later and scaled
-    largest = 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
+    whole_step = tight and swapped and decoded and target.backend == "cuda" and code(call.packed.scheme.weight.code).bits == 8
+    largest = 64 * 64 if whole_step else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded else 64 * 128
 
@@ -212,7 +213,7 @@ def adapt(call: Call, target: Target, config: Config) -> Config:
     split = 1 if call.sizes is not None else max(min(config.split_k, steps), 1)
     split = -(-steps // -(-steps // split))                     # no program without a step of its own
     stages = min(config.num_stages, 2) if target.backend == "hip" else config.num_stages
-    (largest, light), m, n = largest_tile(call, target), max(config.block_m, 16), max(config.block_n, 16)
+    (largest, light), m, n = largest_tile(call, target, config.swapped), max(config.block_m, 16), max(config.block_n, 16)
     while m * n > largest:
         m, n = (m // 2, n) if m > n else (m, n // 2)
     warps = max(config.num_warps, 8 if m * n > light else 1)
@@ -270,7 +271,7 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     constants = dict(
         BM=config.block_m, BN=config.block_n, RUN=run_width(call, target, config), SWAP=config.swapped, SPLIT=split,
         EVEN=columns % STEP == 0, DOT=dot, PRECISION="tf32x3" if target.backend == "cuda" else "ieee",
-        PTX=target.backend == "cuda" and (element.bits == 4 and dot in ("s8", "bf16", "f16") or (spec.code, dot) == ("fp8_e4m3", "bf16")),
+        PTX=by_ptx(spec, dot, target, config.swapped),
         CODE=code_kind(element.name),
         BITS=element.bits, OFFSET=element.offset if element.integer else 0, ZERO=spec.zero or "none", SCALE=SCALES[kind],
         SCALE2=second_kind(w, kind), GROUP=own if own < columns else WHOLE,
@@ -308,6 +309,21 @@ def routed(launch: Launch, tokens: int | None = None, weighted: bool = False) ->
     types = launch.types | {name: POINTER[str(np.dtype(array.dtype))] for name, array in extra.items()}
     constants = launch.constants | dict(GATHER=tokens is not None, WEIGHTED=weighted)
     return dataclasses.replace(launch, arrays=tuple((arrays | extra).items()), types=types, constants=constants)
+
+
+def by_ptx(w, dot: str, target: Target, swapped: bool) -> int:
+    """How many bytes of codes one block of `_ptx.py` decodes; 0 where plain Triton does.
+
+    Two on Hopper where decoded numbers of 16 bits are the register operand, but for the tables of nf4 and fp4_bnb, which cost the same
+    for two as for four.
+    """
+    bits, half = code(w.code).bits, dot in ("bf16", "f16")
+    if target.backend != "cuda" or bits not in (4, 8):
+        return 0
+    if target.arch == 90 and swapped and half and w.code not in ("nf4", "fp4_bnb"):
+        plain = bits == 4 or w.code == "int8" and w.zero != "int" or (w.code, dot) == ("fp8_e4m3", "bf16")
+        return 2 if plain else 0
+    return 4 if bits == 4 and (half or dot == "s8") or (w.code, dot) == ("fp8_e4m3", "bf16") else 0
 
 
 def _place(size: int, columns: int) -> int:

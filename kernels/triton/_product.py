@@ -8,8 +8,8 @@ narrower planes add their bits. `SWAP` makes the weight the left operand of the 
 import triton
 import triton.language as tl
 
-from ._decode import along_m, along_n, decode, weight_scale
-from ._ptx import e4m3, nibble
+from ._decode import along_m, along_n, decode, scale_value, stored_scale
+from ._ptx import byte_code, nibble
 
 
 @triton.jit
@@ -20,40 +20,46 @@ def total(v, SWAP: tl.constexpr, OF_WEIGHT: tl.constexpr, INTEGER: tl.constexpr)
 
 
 @triton.jit
-def cell(k, GROUP: tl.constexpr, GROUPS, EVEN: tl.constexpr):
-    """Index of the group of element k; the last one where k lies in what fills the last block."""
-    if EVEN:
-        return k // GROUP
-    else:
-        return min(k // GROUP, GROUPS - 1)
+def factors(k, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, OF_SUM: tl.constexpr,
+            SCALE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, PLACE: tl.constexpr):
+    """(scales of the weight as stored, their own scales, zero points that come off sums, scales of x) of the segment that starts at the
+    contracted element k; the last segment's beyond the end. What a format does not have is one of the others."""
+    at = s_row + min(k // GROUP, GROUPS - 1)
+    s, second = stored_scale(scale_ptr, scale2_ptr, at, SCALE)
+    zero = s
+    if OF_SUM:
+        zero = tl.load(zero_ptr + at)
+    x_scale = x_scale_row
+    if X_SCALE and PLACE > 0 and X_GROUP > 0:
+        x_scale = tl.load(x_scale_ptr + x_scale_row + min(k // X_GROUP, X_GROUPS - 1))
+    elif X_SCALE and PLACE == 0:
+        x_scale = tl.load(x_scale_ptr + x_scale_row)
+    return s, second, zero, x_scale
 
 
 @triton.jit
-def settle(part, x_sum, w_sum, k, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr, s_row,
-           GROUPS, X_GROUPS, EVEN: tl.constexpr, SWAP: tl.constexpr, DOT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
-           SCALE: tl.constexpr, SCALE2: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALE: tl.constexpr,
-           X_ZERO: tl.constexpr, PLACE: tl.constexpr):
-    """The sums of one segment, which starts at the contracted element k, with zero points taken off and scales put on; float32.
+def settle(part, x_sum, w_sum, x_zero, s, second, zero, x_scale, levels_ptr, mean, outer, SWAP: tl.constexpr, DOT: tl.constexpr,
+           BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, X_GROUP: tl.constexpr,
+           X_SCALE: tl.constexpr, X_ZERO: tl.constexpr, PLACE: tl.constexpr):
+    """The sums of one segment with zero points taken off and the scales of `factors` put on; float32.
 
     One scale for all of a token comes last, outside; with one segment alone it comes first, as the reference multiplies.
     """
-    at = s_row + cell(k, GROUP, GROUPS, EVEN)
     if X_ZERO:
         part -= along_n(w_sum, SWAP) * along_m(x_zero, SWAP)
     if DOT == "s8" and BITS == 8 and ZERO == "int":
-        part += along_n(128 - tl.load(zero_ptr + at).to(tl.int32), SWAP) * along_m(x_sum, SWAP)
+        part += along_n(128 - zero.to(tl.int32), SWAP) * along_m(x_sum, SWAP)
     y = part.to(tl.float32)
-    s = along_n(weight_scale(scale_ptr, scale2_ptr, levels_ptr, mean, at, outer, SCALE, SCALE2), SWAP)
     if X_SCALE and PLACE == 0:
-        y *= along_m(tl.load(x_scale_ptr + x_scale_row), SWAP)
-    y *= s
+        y *= along_m(x_scale, SWAP)
+    y *= along_n(scale_value(s, second, levels_ptr, mean, outer, SCALE, SCALE2), SWAP)
     if ZERO == "float":
         extra = x_sum.to(tl.float32)
         if X_SCALE and PLACE == 0:
-            extra *= tl.load(x_scale_ptr + x_scale_row)
-        y += along_n(tl.load(zero_ptr + at).to(tl.float32), SWAP) * along_m(extra, SWAP)
+            extra *= x_scale
+        y += along_n(zero.to(tl.float32), SWAP) * along_m(extra, SWAP)
     if X_SCALE and PLACE > 0 and X_GROUP > 0:
-        y *= along_m(tl.load(x_scale_ptr + x_scale_row + cell(k, X_GROUP, X_GROUPS, EVEN)), SWAP)
+        y *= along_m(x_scale, SWAP)
     return y
 
 
@@ -70,10 +76,15 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
     of nested scales; GROUP and X_GROUP are contracted elements under one scale, X_GROUP 0 where a token has one.
     """
     WIDE: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+    DIGITS: tl.constexpr = 8 // WIDE
+    RUNS: tl.constexpr = 16 * WIDE // RUN
     INTEGER: tl.constexpr = DOT == "s8"
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
     X_SUM: tl.constexpr = ZERO == "float" or (INTEGER and BITS == 8 and ZERO == "int")
     FRESH: tl.constexpr = PLACE > 0 or DOT == "e4m3" or DOT == "e5m2"       # Hopper adds fp8 products with fewer bits than float32 has
+    # Of few tokens, scales and zero points are read one segment ahead, or memory's latency would show in every segment; of many, products
+    # hide it, and the registers are theirs.
+    AHEAD: tl.constexpr = PLACE > 0 and BM <= 32
     ROWS: tl.constexpr = BN if SWAP else BM
     COLUMNS: tl.constexpr = BM if SWAP else BN
 
@@ -83,14 +94,23 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
     w_sum = tl.zeros((BN,), dtype=tl.int32)
     x_at = along_m(x_row, SWAP)
     w_at = along_n(w_row, SWAP)
+    if AHEAD:
+        s_next, second_next, zero_next, x_scale_next = factors(
+            first * 128, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM, SCALE, GROUP, X_GROUP,
+            X_SCALE, PLACE)
     for step in range(first, last):
         base = step * 128
+        if AHEAD and PLACE == 1:
+            s, second, zero, x_scale = s_next, second_next, zero_next, x_scale_next
+            s_next, second_next, zero_next, x_scale_next = factors(
+                base + 128, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM, SCALE, GROUP,
+                X_GROUP, X_SCALE, PLACE)
         if FRESH:
             part = tl.zeros((ROWS, COLUMNS), dtype=SUM)
         if PLACE > 0:
             x_sum = tl.zeros((BM,), dtype=SUM)
             w_sum = tl.zeros((BN,), dtype=tl.int32)
-        for run in tl.static_range(16 * WIDE // RUN):
+        for run in tl.static_range(RUNS):
             j = run * RUN + tl.arange(0, RUN)
             jw = along_m(j, SWAP)               # the contracted axis of the weight's tile lies where the tokens lie in the result
             jx = along_n(j, SWAP)
@@ -103,8 +123,17 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                 pair = tl.load(block + 64 + jw % 32)
             if BITS & 1 and BITS < 8:
                 single = tl.load(block + 16 * (BITS - 1) + jw % 16)
-            for digit in tl.static_range(8 // WIDE):
+            for digit in tl.static_range(DIGITS):
                 start = base + digit * (16 * WIDE)
+                if AHEAD and PLACE == 2:
+                    s, second, zero, x_scale = s_next, second_next, zero_next, x_scale_next
+                    if digit + 1 < DIGITS:
+                        ahead = start + 16 * WIDE + run * RUN
+                    else:
+                        ahead = base + ((run + 1) * RUN if run + 1 < RUNS else 128)
+                    s_next, second_next, zero_next, x_scale_next = factors(
+                        ahead, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM, SCALE, GROUP,
+                        X_GROUP, X_SCALE, PLACE)
                 if PLACE == 2:
                     part = tl.zeros((ROWS, COLUMNS), dtype=SUM)
                     x_sum = tl.zeros((BM,), dtype=SUM)
@@ -118,8 +147,9 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                     x = tl.load(x_ptr + x_at + k, mask=k < K, other=0)
                 if X_CODE != "float" and DOT != "s8":
                     x = decode(x, 0, table_ptr, X_CODE, 8, "none", DOT)
-                if ZERO == "int":
-                    offset = along_n(tl.load(zero_ptr + s_row + cell(start + run * RUN, GROUP, GROUPS, EVEN)), SWAP)
+                if ZERO == "int" and not X_SUM:
+                    # Not read ahead: a value of the step before would send the decoded tile through shared memory.
+                    offset = along_n(tl.load(zero_ptr + s_row + min((start + run * RUN) // GROUP, GROUPS - 1)), SWAP)
                 else:
                     offset = tl.full((1, 1), OFFSET, tl.uint8)
                 if BITS == 8 or PTX:
@@ -131,9 +161,9 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                     if BITS & 1:
                         code |= ((single >> ((digit * WIDE + jw // 16) & 7).to(tl.uint8)) & 1) << (BITS - 1)
                 if PTX and BITS == 8:
-                    w = e4m3(code)
+                    w = byte_code(code, CODE, DOT, PTX)
                 elif PTX:
-                    w = nibble(code, offset, digit, CODE, DOT)
+                    w = nibble(code, offset, digit, CODE, DOT, PTX)
                 else:
                     w = decode(code, offset, table_ptr, CODE, BITS, ZERO, DOT)
                 if X_SUM:
@@ -147,20 +177,28 @@ def product(x_ptr, x_row, x_scale_ptr, x_scale_row, x_zero, codes_ptr, w_row, sc
                 else:
                     part = tl.dot(x, w, acc=part, input_precision=PRECISION, out_dtype=SUM)
                 if PLACE == 2:
-                    acc += settle(part, x_sum, w_sum, start + run * RUN, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr,
-                                  levels_ptr, mean, outer, zero_ptr, s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2,
-                                  GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
+                    if not AHEAD:
+                        s, second, zero, x_scale = factors(
+                            start + run * RUN, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM,
+                            SCALE, GROUP, X_GROUP, X_SCALE, PLACE)
+                    acc += settle(part, x_sum, w_sum, x_zero, s, second, zero, x_scale, levels_ptr, mean, outer, SWAP, DOT, BITS,
+                                  ZERO, SCALE, SCALE2, X_GROUP, X_SCALE, X_ZERO, PLACE)
         if PLACE == 1:
-            acc += settle(part, x_sum, w_sum, base, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer,
-                          zero_ptr, s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO,
-                          PLACE)
+            if not AHEAD:
+                s, second, zero, x_scale = factors(
+                    base, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM, SCALE, GROUP, X_GROUP,
+                    X_SCALE, PLACE)
+            acc += settle(part, x_sum, w_sum, x_zero, s, second, zero, x_scale, levels_ptr, mean, outer, SWAP, DOT, BITS,
+                          ZERO, SCALE, SCALE2, X_GROUP, X_SCALE, X_ZERO, PLACE)
         elif PLACE == 0 and FRESH:
             acc += part
     if PLACE == 0:
         if not FRESH:
             acc = part
-        y = settle(acc, x_sum, w_sum, 0, x_scale_ptr, x_scale_row, x_zero, scale_ptr, scale2_ptr, levels_ptr, mean, outer, zero_ptr,
-                   s_row, GROUPS, X_GROUPS, EVEN, SWAP, DOT, BITS, ZERO, SCALE, SCALE2, GROUP, X_GROUP, X_SCALE, X_ZERO, PLACE)
+        s, second, zero, x_scale = factors(0, x_scale_ptr, x_scale_row, scale_ptr, scale2_ptr, zero_ptr, s_row, GROUPS, X_GROUPS, X_SUM,
+                                           SCALE, GROUP, X_GROUP, X_SCALE, PLACE)
+        y = settle(acc, x_sum, w_sum, x_zero, s, second, zero, x_scale, levels_ptr, mean, outer, SWAP, DOT, BITS, ZERO, SCALE, SCALE2,
+                   X_GROUP, X_SCALE, X_ZERO, PLACE)
     elif X_SCALE and X_GROUP == 0:
         y = acc * along_m(tl.load(x_scale_ptr + x_scale_row), SWAP)
     else:

@@ -1,8 +1,11 @@
-"""4-bit and e4m3 codes to operands in PTX, four bytes at a time: fewer instructions than the compiler makes of shifts and masks.
+"""4- and 8-bit codes to operands in PTX, four or two bytes at a time: fewer instructions than the compiler makes of shifts and masks.
 
 NVIDIA only; `_decode.decode` is the same in plain Triton, for every other code and device. A register holds four bytes of the packed
 storage; digit 0 is their low nibbles, digit 1 their high ones. `prmt.b32 d, a, b, s` picks four of the eight bytes of a and b by the four
 nibbles of s, which makes it a table of eight entries.
+
+Hopper's register operand of 16-bit numbers wants two neighbours of each thread: four bytes would be joined from two loads, a byte at a
+time, and taken apart again. There two bytes (a register of 16 bits) give one register of two numbers.
 """
 
 import numpy as np
@@ -74,6 +77,50 @@ def _e4m3() -> str:
     return _program(2, body, "t, v, m, n")
 
 
+def _pair(body: str, registers: str = "v, t, c, z") -> str:
+    """A program of two bytes, which v holds in its lower half."""
+    return "{ .reg .b32 " + registers + "; cvt.u32.u16 v, $1; " + body + " }"
+
+
+APART = "prmt.b32 v, v, 0, 0x1404; "
+"""Each byte as the upper half of 16 bits."""
+
+
+def _times(kind: str, factor: int, target: str = "$0") -> str:
+    """v times a number given by its bits; minus zero is added so that zeros keep their sign."""
+    fill = factor * 0x10001
+    return f"mov.b32 c, 0x{fill:08x}; mov.b32 z, 0x80008000; fma.rn.{kind}x2 {target}, v, c, z; "
+
+
+def _pair_biased(digit: int, high: int) -> str:
+    """`_biased` of two bytes."""
+    shift = "shr.u32 v, v, 4; " if digit else ""
+    return _pair(shift + f"and.b32 v, v, 0x0f0f; prmt.b32 $0, v, 0x{high * 0x01010101:08x}, 0x4140;", "v")
+
+
+def _pair_e2m1(digit: int, kind: str) -> str:
+    """The bits of e2m1 as those of a wider float, times the difference of the biases, 2^126 or 2^14."""
+    move, mask, factor = (6, 0x01C001C0, 0x7E80) if kind == "bf16" else (3, 0x0E000E00, 0x7400)
+    body = APART + ("" if digit else "shl.b32 v, v, 4; ") + f"shr.u32 t, v, {move}; and.b32 t, t, 0x{mask:08x}; "
+    return _pair(body + "and.b32 v, v, 0x80008000; or.b32 v, v, t; " + _times(kind, factor))
+
+
+def _pair_e4m3() -> str:
+    """e4m3 as bfloat16. Of all magnitudes only 0x7F, which reads as 480, overflows times 1.125 2^119 (448 does not), and infinity
+    times zero is NaN."""
+    body = APART + "shr.u32 t, v, 4; and.b32 t, t, 0x07f007f0; and.b32 v, v, 0x80008000; or.b32 v, v, t; "
+    return _pair(body + _times("bf16", 0x7B80, "v") + _times("bf16", 0x7B10, "t") + "mov.b32 c, 0; fma.rn.bf16x2 $0, t, c, v;")
+
+
+def _pair_int8(kind: str) -> str:
+    """int8 as a difference of numbers that are bit patterns: 128 + the lower seven bits less 128 or 256, or 1024 + 128 + code less 1152."""
+    if kind == "f16":
+        return _pair("xor.b32 v, v, 0x8080; prmt.b32 v, v, 0x64646464, 0x4140; mov.b32 c, 0x3c003c00; mov.b32 z, 0xe480e480; "
+                     "fma.rn.f16x2 $0, v, c, z;")
+    return _pair("prmt.b32 v, v, 0x43434343, 0x4140; and.b32 t, v, 0xff80ff80; and.b32 v, v, 0xff7fff7f; mov.b32 c, 0xbf80bf80; "
+                 "fma.rn.bf16x2 $0, t, c, v;", "v, t, c")
+
+
 E4M3 = tl.constexpr(_e4m3())
 BF16_LOW, BF16_HIGH = (tl.constexpr(_biased(digit, 0x43)) for digit in (0, 1))
 F16_LOW, F16_HIGH = (tl.constexpr(_biased(digit, 0x64)) for digit in (0, 1))
@@ -84,6 +131,23 @@ NF4_BF16_LOW, NF4_BF16_HIGH = (tl.constexpr(_table(digit, NF4, "bf16")) for digi
 NF4_F16_LOW, NF4_F16_HIGH = (tl.constexpr(_table(digit, NF4, "f16")) for digit in (0, 1))
 BNB_BF16_LOW, BNB_BF16_HIGH = (tl.constexpr(_table(digit, FP4_BNB, "bf16")) for digit in (0, 1))
 BNB_F16_LOW, BNB_F16_HIGH = (tl.constexpr(_table(digit, FP4_BNB, "f16")) for digit in (0, 1))
+
+E4M3_PAIR = tl.constexpr(_pair_e4m3())
+INT8_BF16_PAIR, INT8_F16_PAIR = (tl.constexpr(_pair_int8(kind)) for kind in ("bf16", "f16"))
+BF16_LOW_PAIR, BF16_HIGH_PAIR = (tl.constexpr(_pair_biased(digit, 0x43)) for digit in (0, 1))
+F16_LOW_PAIR, F16_HIGH_PAIR = (tl.constexpr(_pair_biased(digit, 0x64)) for digit in (0, 1))
+FP4_BF16_LOW_PAIR, FP4_BF16_HIGH_PAIR = (tl.constexpr(_pair_e2m1(digit, "bf16")) for digit in (0, 1))
+FP4_F16_LOW_PAIR, FP4_F16_HIGH_PAIR = (tl.constexpr(_pair_e2m1(digit, "f16")) for digit in (0, 1))
+
+
+@triton.jit
+def _two(byte, DIGIT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr):
+    """Two bytes to two 16-bit numbers."""
+    ASM: tl.constexpr = HIGH if DIGIT else LOW
+    if DOT == "bf16":
+        return tl.inline_asm_elementwise(ASM, "=r,h", [byte], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=r,h", [byte], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -97,14 +161,20 @@ def _wide(byte, DIGIT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT:
 
 
 @triton.jit
-def e4m3(byte):
-    """e4m3 bytes as bfloat16 operands, exact."""
-    return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4) * (2.0 ** 120)
+def byte_code(byte, CODE: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
+    """The operands of 8-bit codes, exact, as `_decode.decode` makes them; PTX bytes at a time. e4m3 by four is for bfloat16 alone."""
+    if CODE == "int":
+        tl.static_assert(PTX == 2)
+        return _two(byte, 0, INT8_BF16_PAIR if DOT == "bf16" else INT8_F16_PAIR, None, DOT)
+    elif PTX == 2:
+        return _two(byte, 0, E4M3_PAIR, None, DOT)
+    else:
+        return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4) * (2.0 ** 120)
 
 
 @triton.jit
-def nibble(byte, offset, DIGIT: tl.constexpr, CODE: tl.constexpr, DOT: tl.constexpr):
-    """The operands of one digit of packed 4-bit codes, as `_decode.decode` makes them. DOT is s8, bf16 or f16."""
+def nibble(byte, offset, DIGIT: tl.constexpr, CODE: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
+    """The operands of one digit of packed 4-bit codes, as `_decode.decode` makes them, PTX bytes at a time. DOT is s8, bf16 or f16."""
     if DOT == "s8":
         if DIGIT:
             return tl.inline_asm_elementwise(S8_HIGH, "=r,r,r", [byte, offset], dtype=tl.int8, is_pure=True, pack=4)
@@ -112,11 +182,24 @@ def nibble(byte, offset, DIGIT: tl.constexpr, CODE: tl.constexpr, DOT: tl.conste
             return tl.inline_asm_elementwise(S8_LOW, "=r,r,r", [byte, offset], dtype=tl.int8, is_pure=True, pack=4)
     elif CODE == "int":
         if DOT == "bf16":
-            return _wide(byte, DIGIT, BF16_LOW, BF16_HIGH, DOT) - (offset.to(tl.float32) + 128.0).to(tl.bfloat16)
+            if PTX == 2:
+                biased = _two(byte, DIGIT, BF16_LOW_PAIR, BF16_HIGH_PAIR, DOT)
+            else:
+                biased = _wide(byte, DIGIT, BF16_LOW, BF16_HIGH, DOT)
+            return biased - (offset.to(tl.float32) + 128.0).to(tl.bfloat16)
         else:
-            return _wide(byte, DIGIT, F16_LOW, F16_HIGH, DOT) - (offset.to(tl.float32) + 1024.0).to(tl.float16)
+            if PTX == 2:
+                biased = _two(byte, DIGIT, F16_LOW_PAIR, F16_HIGH_PAIR, DOT)
+            else:
+                biased = _wide(byte, DIGIT, F16_LOW, F16_HIGH, DOT)
+            return biased - (offset.to(tl.float32) + 1024.0).to(tl.float16)
     elif CODE == "fp4_e2m1":
-        if DOT == "bf16":
+        if PTX == 2:
+            if DOT == "bf16":
+                return _two(byte, DIGIT, FP4_BF16_LOW_PAIR, FP4_BF16_HIGH_PAIR, DOT)
+            else:
+                return _two(byte, DIGIT, FP4_F16_LOW_PAIR, FP4_F16_HIGH_PAIR, DOT)
+        elif DOT == "bf16":
             return _wide(byte, DIGIT, FP4_BF16_LOW, FP4_BF16_HIGH, DOT)
         else:
             return _wide(byte, DIGIT, FP4_F16_LOW, FP4_F16_HIGH, DOT)

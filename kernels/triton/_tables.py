@@ -133,8 +133,14 @@ def tables(target: str, device: str | None = None, user: Path | None = None) -> 
     """The tables for a device, the first to be asked first: the user's before the package's, the device's own before others of its
     target, the target's before others of its generation."""
     every = [table for folder in (user or user_dir(), PACKAGE) for table in _folder(folder)]
-    generation = [t for t in every if _generation(t.target) == _generation(target)]
-    return tuple(sorted(generation, key=lambda t: (t.target != target, device is not None and t.device != device)))
+    serving = [t for t in every if serves(t, target)]
+    return tuple(sorted(serving, key=lambda t: (t.target != target, device is not None and t.device != device)))
+
+
+def serves(table: Table, target: str) -> bool:
+    """Whether a table's tiles are for this target: its own, or one of its generation that has no less shared memory."""
+    own, theirs = (_launch.SHARED_MEMORY.get(name, 0) for name in (target, table.target))
+    return table.target == target or _generation(table.target) == _generation(target) and own >= theirs
 
 
 def _generation(target: str) -> str:

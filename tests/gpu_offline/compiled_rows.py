@@ -74,8 +74,8 @@ def launch(row: Row):
     return (_plan_matmul.routed(described, max(row.tokens // 8, 1), True) if row.kind == "routed" else described), target
 
 
-NVIDIA, AMD = ("sm_80", "sm_89", "sm_90", "sm_100"), ("gfx942", "gfx950")
-TARGETS = (*NVIDIA, *AMD)
+FIRST, OTHERS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950"), ("sm_86", "sm_120")
+TARGETS = (*FIRST, *OTHERS)
 INSTRUCTIONS = {
     # operand type: what the tensor cores of each target are to be asked for
     "s8": {"sm_80": r"mma\..*s8\.s8", "sm_89": r"mma\..*s8\.s8", "sm_90": r"wgmma.*\.s8\.s8", "sm_100": "tcgen05.*i8",
@@ -91,6 +91,9 @@ INSTRUCTIONS = {
 }
 
 
+for _operands in INSTRUCTIONS.values():
+    # Ampere's second chip has the first one's products; Blackwell's small one has no tensor memory, and multiplies like Ada.
+    _operands |= {other: _operands[like] for other, like in (("sm_86", "sm_80"), ("sm_120", "sm_89")) if like in _operands}
 DIVISION = {"cuda": r"^div\.rn\.f32", "hip": "^v_div_fixup_f32"}
 """Codes of an activation are quotients, rounded correctly."""
 
@@ -153,8 +156,12 @@ def _scheme_of(form: str) -> str:
 
 
 def _tabled():
-    """Every row of the tuning tables that the package ships; rows that differ in nothing but the number of slabs are compiled once."""
-    for table in _tables._folder(_tables.PACKAGE):
+    """Every row of the tuning tables that the package ships, for every target that asks them; rows that differ in nothing but the number
+    of slabs are compiled once."""
+    shipped = _tables._folder(_tables.PACKAGE)
+    for table, target in ((t, target) for target in TARGETS for t in shipped if _tables.serves(t, target)):
+        if table.target != target and any(t.target == target for t in shipped):
+            continue                                            # the target's own is asked, which has the same formats
         for form, entries in table.formats.items():
             kind, name, seen = form.split("/")[0], _scheme_of(form), set()
             for entry in entries:
@@ -164,9 +171,9 @@ def _tabled():
                 seen.add(config)
                 tiles = "x".join(map(str, dataclasses.astuple(config)[:4]))
                 order = "swapped" if config.swapped else "plain"
-                label = f"table-{table.target}-{form}-{tiles}-w{config.num_warps}-s{config.num_stages}-{order}"
+                label = f"table-{target}-{form}-{tiles}-w{config.num_warps}-s{config.num_stages}-{order}"
                 tokens = entry.m * (128 if kind == "grouped" else 1)
-                yield Row(kind, name, tokens, table.target, tuple(vars(config).items()), entry.k, entry.n, label=label)
+                yield Row(kind, name, tokens, target, tuple(vars(config).items()), entry.k, entry.n, label=label)
 
 
 ALL = {row.id: row for make in (_rows, _tabled) for row in make()}
@@ -205,8 +212,10 @@ def exceptions(name: str) -> list[Known]:
 def _usual(index: int, row: Row) -> bool:
     if row.label:
         return False
+    if row.target in OTHERS:
+        return (row.kind, row.scheme, row.tokens) == ("dense", "w8a8_dynamic", 512)
     if row.kind == "dense" and row.tokens in (16, 64) and row.dtype == "bfloat16" and row.columns == 4096:
-        return row.target == ("sm_90" if row.tokens == 16 else TARGETS[SCHEMES.index(row.scheme) % 6])
+        return row.target == ("sm_90" if row.tokens == 16 else FIRST[SCHEMES.index(row.scheme) % 6])
     if row.kind == "dense" and row.tokens == 512:
         return row.target in ("sm_90", "gfx942") and row.scheme in ("w8a8_dynamic", "fp8_block")
     if row.kind in ("routed", "rmsnorm", "swiglu"):

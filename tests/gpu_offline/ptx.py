@@ -2,6 +2,7 @@
 
 import re
 
+import ml_dtypes
 import numpy as np
 
 
@@ -17,7 +18,17 @@ def prmt(a, b, selector):
     return out
 
 
+def fma(kind):
+    """a b + c of both halves of registers, rounded once: float64 holds the product, and every sum that our programs make of one."""
+    def run(a, b, c):
+        x, y, z = (np.ascontiguousarray(v).view(kind).astype(np.float64) for v in (a, b, c))
+        with np.errstate(all="ignore"):
+            return (x * y + z).astype(kind).view(np.uint32)
+    return run
+
+
 OPERATIONS = {
+    "cvt.u32.u16": lambda a: a & 0xFFFF, "fma.rn.bf16x2": fma(ml_dtypes.bfloat16), "fma.rn.f16x2": fma(np.float16),
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "xor.b32": lambda a, b: a ^ b,
     "add.u32": lambda a, b: a + b, "sub.u32": lambda a, b: a - b, "shl.b32": lambda a, b: a << b, "shr.u32": lambda a, b: a >> b,
     "prmt.b32": prmt,
@@ -44,9 +55,10 @@ def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
 def elementwise(text: str, constraints: str, values: list[np.ndarray], width: int, pack: int) -> np.ndarray:
     """`tl.inline_asm_elementwise` with inputs of one byte, `pack` to a register; results of `width` bytes, unsigned."""
     shape, size = values[0].shape, values[0].size
-    assert pack == 4 and all(v.itemsize == 1 and v.shape == shape for v in values), "one register of four bytes for each input"
-    words = [np.ascontiguousarray(np.resize(v.reshape(-1).view(np.uint8), -(-size // 4) * 4)).view("<u4") for v in values]
+    assert all(v.itemsize == 1 and v.shape == shape for v in values), "one register of bytes for each input"
+    assert set(constraints.replace("=r", "").strip(",").split(",")) == {{4: "r", 2: "h"}[pack]}, "a register as wide as its bytes"
+    words = [np.resize(v.reshape(-1).view(np.uint8), -(-size // pack) * pack).view(f"<u{pack}").astype(np.uint32) for v in values]
     outputs = constraints.count("=")
-    assert outputs == width, "four results fill as many registers as each has bytes"
-    made = np.stack(run(text, outputs, words), -1)
+    assert outputs * 4 == pack * width, "the results fill their registers"
+    made = np.ascontiguousarray(np.stack(run(text, outputs, words), -1))
     return made.reshape(-1).view({1: np.uint8, 2: np.uint16}[width])[:size].reshape(shape)

@@ -88,8 +88,10 @@ def test_the_users_table_and_the_devices_own_come_first(user):
     assert _tables.config(call, "sm_90").num_stages == 5
 
 
-def test_other_devices_of_a_generation_share_a_table():
-    assert {t.target for t in _tables.tables("sm_86", None, None)} == {"sm_80", "sm_89"}
+def test_other_devices_of_a_generation_share_a_table_whose_tiles_fit():
+    assert {t.target for t in _tables.tables("sm_86", None, None)} == {"sm_89"}
+    assert [t.target for t in _tables.tables("sm_80", None, None)] == ["sm_80", "sm_89"]
+    assert [t.target for t in _tables.tables("sm_89", None, None)] == ["sm_89"] and not _tables.tables("sm_120", None, None)
     assert {t.target for t in _tables.tables("gfx950", None, None)} == {"gfx942"}
 
 
