@@ -70,6 +70,7 @@ class Call:
         batch: how many leading axes x shares with w.
         scope: how many leading axes of x are separate tensors to a per-tensor scale; the others are rows.
         target: the kind of device that is lowered for, such as `sm_90`, on platforms where code is made for one; else None.
+        rows: int32 [R] or None; where it is there, row r of a grouped product takes row `rows[r]` of x.
     """
 
     primitive: str
@@ -84,6 +85,7 @@ class Call:
     batch: int = 0
     scope: int = 0
     target: str | None = None
+    rows: Any = None
 
     @property
     def w(self) -> QTensor:
@@ -102,7 +104,22 @@ class Call:
         w = self.packed.build(operands[len(x):len(x) + len(self.leaves)])
         rest = operands[len(x) + len(self.leaves):]
         sizes = rest.pop(0) if self.sizes is not None else None
-        return x, w, sizes, rest.pop(0) if rest else None
+        return x, w, sizes, rest.pop(0) if self.bias is not None else None
+
+    @property
+    def direct(self) -> Call:
+        """The call on rows that were gathered in front of it; the call itself where none are gathered."""
+        if self.rows is None:
+            return self
+        x = tuple(jax.ShapeDtypeStruct((*self.rows.shape, *part.shape[1:]), part.dtype) for part in self.x)
+        return dataclasses.replace(self, x=x, rows=None)
+
+    def gather(self, operands) -> tuple:
+        """The operands of `direct` from those of the call."""
+        if self.rows is None:
+            return tuple(operands)
+        *rest, rows = operands
+        return tuple(jnp.take(part, rows, axis=0, mode="clip") for part in rest[:len(self.x)]) + tuple(rest[len(self.x):])
 
 
 class Declined(str):
@@ -118,12 +135,18 @@ class Implementation:
         platforms: where it can be lowered; None for everywhere.
         supports: (call, platform) -> None, or the reason why it cannot run this call.
         run: (call, *operands) -> result; traceable, same operands and result as the reference.
+        gathers: whether `run` takes `Call.rows`; others, and `supports` of all, see the call behind the gather (`Call.direct`).
     """
 
     name: str
     platforms: tuple[str, ...] | None
     supports: Callable[[Call, str], str | None]
     run: Callable
+    gathers: bool = False
+
+    def apply(self, call: Call, *operands):
+        """The result of a call, rows of x gathered in front of `run` where it does not gather them itself."""
+        return self.run(call, *operands) if self.gathers else self.run(call.direct, *call.gather(operands))
 
 
 IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
@@ -192,7 +215,7 @@ def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation,
                 continue                        # made for another platform: nothing was refused
             refused.append((row.name, f"runs on {', '.join(row.platforms)}, not on {platform}"))
             continue
-        reason = row.supports(call, platform)
+        reason = row.supports(call.direct, platform)
         if reason is None:
             return row, refused
         refused.append((row.name, reason))
@@ -204,7 +227,7 @@ def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation,
 def _runner(call: Call, row: Implementation) -> Callable:
     # One jitted function per distinct call: layers of equal shape share one traced and lowered computation.
     def run(*operands):
-        return row.run(call, *operands)
+        return row.apply(call, *operands)
     run.__name__ = f"{call.primitive}_{row.name}"
     return jax.jit(run)
 

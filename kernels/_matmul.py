@@ -108,8 +108,8 @@ def describe(avals, params) -> Call:
     sizes = avals[count] if params.get("grouped") else None
     rest = avals[count + (sizes is not None):]
     return Call("quantized_grouped_matmul" if params.get("grouped") else "quantized_matmul", tuple(avals[:parts]), packed,
-                tuple(avals[parts:count]), sizes, rest[0] if rest else None, packed.scheme.activation, (), params["out_dtype"],
-                params.get("batch", 0), params.get("scope", 0))
+                tuple(avals[parts:count]), sizes, rest[0] if params["has_bias"] else None, packed.scheme.activation, (),
+                params["out_dtype"], params.get("batch", 0), params.get("scope", 0), rows=rest[-1] if params.get("gathered") else None)
 
 
 def _abstract(*avals, **params):

@@ -99,10 +99,12 @@ def experts_of(params: Mapping, rows, weights, experts, routing: Routing, names:
     order = jnp.argsort(choice, stable=True)
     sizes = jnp.bincount(choice, length=routing.experts)[:held].astype(jnp.int32)
 
-    def run(layer, x, shared):
-        return grouped(layer, x, sizes, shared)
+    tokens = order // routing.top_k
 
-    out = _expert(params, rows[order // routing.top_k], names, combine, run)
+    def first(layer, x, shared):
+        return grouped(layer, x, sizes, shared, tokens)
+
+    out = _expert(params, rows, names, combine, first, lambda layer, hidden: grouped(layer, hidden, sizes))
     out = out[jnp.argsort(order)].reshape(rows.shape[0], routing.top_k, -1)
     return jnp.einsum("tkh,tk->th", out.astype(jnp.float32), weights)
 
@@ -115,15 +117,17 @@ def _bias_once(params: Mapping, down: str, axis: str):
     return {**params, down: {**params[down], "bias": jnp.where(lax.axis_index(axis) == 0, bias, jnp.zeros_like(bias))}}
 
 
-def grouped(layer: Mapping, x, sizes, shared=None):
-    """`linear` with a stack of experts; `shared` is `x` already quantized, where several stacks take it."""
+def grouped(layer: Mapping, x, sizes, shared=None, tokens=None):
+    """`linear` with a stack of experts; `shared` is `x` already quantized, where several stacks take it; `tokens` are the rows of `x`
+    that are sorted by expert, by default all in their order."""
     found = [name for name in ROTATIONS if name in layer]
     if found:
         raise ValueError(f"a stack of experts with an online rotation, {found[0]}: expected none, rotations belong to single layers")
-    return qfunc.grouped_matmul(x if shared is None else shared, layer["kernel"], sizes, bias=layer.get("bias"), out_dtype=x.dtype)
+    x, dtype = x if shared is None else shared, x.dtype
+    return qfunc.grouped_matmul(x, layer["kernel"], sizes, rows=tokens, bias=layer.get("bias"), out_dtype=dtype)
 
 
-def _expert(params: Mapping, x, names: Names, combine: Callable, apply: Callable):
+def _expert(params: Mapping, x, names: Names, combine: Callable, apply: Callable, last: Callable):
     if names.gate_up is not None and names.gate_up in params:
         both = apply(params[names.gate_up], x, None)
         gate, up = both[..., 0::2], both[..., 1::2]
@@ -132,7 +136,7 @@ def _expert(params: Mapping, x, names: Names, combine: Callable, apply: Callable
         shared = _shared(layers, x)
         gate, up = (apply(layer, x, shared) for layer in layers)
     hidden = combine(gate, up)
-    return apply(params[names.down], hidden, None)
+    return last(params[names.down], hidden)
 
 
 def _shared(layers, x):
@@ -159,7 +163,7 @@ def _one_by_one(params: Mapping, rows, weights, experts, routing: Routing, names
 
         def run(own=own, share=share, mine=mine):
             x = jnp.where(mine[:, None], rows, 0)
-            y = _expert(own, x, names, combine, lambda layer, x, shared: linear(layer, x))
+            y = _expert(own, x, names, combine, lambda layer, x, shared: linear(layer, x), linear)
             return y.astype(jnp.float32) * share[:, None]
 
         out = out + lax.cond(mine.any(), run, lambda: jnp.zeros(rows.shape, jnp.float32))

@@ -216,6 +216,7 @@ def _packed(collector: Collector, eqn, values: list) -> None:
     if not isinstance(codes, Tracked) or any(isinstance(part, Tracked) for part in x):
         return
     x = x[0] if parts == 1 else dequantize_rows(QuantizedActivation(*x), packed.scheme.activation)
+    x = x[values[-1]] if eqn.params.get("gathered") else x
     contracted = (list(codes.leaf.sizes)[-1],)
     if eqn.params.get("grouped"):
         sizes = values[parts + len(packed.fields)]

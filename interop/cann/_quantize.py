@@ -106,6 +106,18 @@ class Rows:
             self._made[name] = make()
         return self._made[name]
 
+    def take(self, rows: torch.Tensor) -> Rows:
+        """The rows at these indices of the first axis, each with its own scale; the same object for the same indices, so that what
+        several matmuls take is quantized once."""
+        # The indices are kept with what was made of them: their id stays theirs.
+        return self._once(("take", id(rows)), lambda: (rows, self._taken(rows)))[1]
+
+    def _taken(self, rows: torch.Tensor) -> Rows:
+        if self.x is not None:
+            return Rows(self.x.index_select(0, rows), self.spec, scale=self.scale, zero=self.zero, scope=self.scope)
+        parts = [part if part is None or part.shape[0] == 1 else part.index_select(0, rows) for part in self.plain()]
+        return Rows(None, self.spec, plain=tuple(parts), scope=self.scope)
+
     @property
     def flat(self) -> torch.Tensor:
         """x as [rows, K], row by row in memory."""

@@ -53,9 +53,15 @@ def quantized_matmul(params: dict, operands, *, soc: str) -> list:
 
 def quantized_grouped_matmul(params: dict, operands, *, soc: str) -> list:
     """Rows sorted by expert times their experts' matrices; rows beyond the sizes are zero."""
+    rows = None
+    if params["gathered"]:
+        *operands, rows = operands
+        rows = rows.tensor() if isinstance(rows, Part) else rows
     x, w, sizes, bias = _split(params, operands, soc)
-    return [grouped_matmul(w, rows_of(x, None if len(x) == 1 else params["packed"].scheme.activation), sizes, bias,
-                           torch_dtype(params["out_dtype"]))]
+    x = rows_of(x, None if len(x) == 1 else params["packed"].scheme.activation)
+    if rows is not None:
+        x = x.take(rows) if isinstance(x, Rows) else x.index_select(0, rows)
+    return [grouped_matmul(w, x, sizes, bias, torch_dtype(params["out_dtype"]))]
 
 
 def _split(params: dict, operands, soc: str):

@@ -21,8 +21,8 @@ def _reference(describe: Callable) -> Callable:
     def jaxpr(eqn):
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, np.dtype(v.aval.dtype)) for v in eqn.invars]
         call = describe(shapes, eqn.params)
-        run = next(row.run for row in IMPLEMENTATIONS[eqn.primitive.name] if row.name == "reference")
-        return jax.make_jaxpr(lambda *operands: run(call, *operands))(*shapes)
+        reference = next(row for row in IMPLEMENTATIONS[eqn.primitive.name] if row.name == "reference")
+        return jax.make_jaxpr(lambda *operands: reference.apply(call, *operands))(*shapes)
     return jaxpr
 
 

@@ -16,7 +16,7 @@ from .. import _grouped as _grouped
 from .. import _matmul as _matmul
 from .. import _take as _take
 from .._dispatch import TARGETS, Call, Declined, Implementation, register
-from . import _bridge, _image, _launch, _operands, _tables, _target, _xla
+from . import _bridge, _image, _launch, _operands, _plan_matmul, _tables, _target, _xla
 from ._launch import Config, Launch, Target
 
 PLATFORMS = ("cuda", "rocm")
@@ -131,12 +131,26 @@ def _struct(array) -> jax.ShapeDtypeStruct:
 
 def matmul(call: Call, *operands, config: Config | None = None):
     """`quantized_matmul` and `quantized_grouped_matmul`: see `qfunc.kernels._reference`. `config` overrides the tables'."""
+    if call.rows is not None and not _rows_apart(call):
+        call, operands = call.direct, call.gather(operands)
     if _splits(call):
         return _with_outliers(call, *operands)
-    launch = planned(call, config)
+    launch, rows = planned(call.direct, config), None
+    if call.rows is not None:
+        *operands, rows = operands
+        launch = _plan_matmul.routed(launch, tokens=call.x[0].shape[0])
+        rows = jnp.clip(rows, 0, call.x[0].shape[0] - 1)        # the kernel reads whatever lies there
     x, w, sizes, bias = _operands.activation(call, *operands, quantize=functools.partial(_quantize, call))
-    (y,) = execute(launch, _operands.arrays(launch, x, w, sizes, bias), call.target)
-    return _operands.finish(launch, call, y, bias)
+    (y,) = execute(launch, _operands.arrays(launch, x, w, sizes, bias, rows), call.target)
+    return _operands.finish(launch, call.direct, y, bias)
+
+
+def _rows_apart(call: Call) -> bool:
+    """Whether a row's codes do not depend on its expert or on other rows, so that it is quantized before it is gathered."""
+    if call.w.smooth is not None or call.w.perm is not None:
+        return False
+    spec = None if call.quantized else call.spec
+    return spec is None or spec.granularity.kind != "tensor" and spec.outer != "tensor" and spec.outlier_threshold is None
 
 
 def _with_outliers(call: Call, *operands):
@@ -187,4 +201,4 @@ for _platform in PLATFORMS:
 for _primitive in _xla.PRIMITIVES:
     register(_primitive, Implementation("xla", PLATFORMS, _xla.supports, _xla.matmul))
 for _primitive, _run in RUN.items():
-    register(_primitive, Implementation("triton", PLATFORMS, supports, _run))
+    register(_primitive, Implementation("triton", PLATFORMS, supports, _run, gathers=True))

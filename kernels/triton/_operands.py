@@ -73,13 +73,13 @@ def _permuted(call: Call, x: tuple, w, owner):
     return jnp.take_along_axis(codes, order, -1), *x[1:]
 
 
-def arrays(launch: Launch, x: tuple, w, sizes=None, bias=None) -> list[jax.Array]:
-    """The launch's input arrays of a matmul, from what `activation` returned."""
+def arrays(launch: Launch, x: tuple, w, sizes=None, bias=None, taken=None) -> list[jax.Array]:
+    """The launch's input arrays of a matmul, from what `activation` returned; `taken` are the rows that it gathers."""
     shapes = dict(launch.arrays)
     value, scale, zero = (*x, None, None)[:3]
     rows = value.shape[:-1]
     given = {"x": value, "codes": w.codes, "scale": w.scale, "scale2": w.scale2, "scale_offset": w.scale_offset, "zero": w.zero,
-             "bias": bias, "sizes": sizes}
+             "bias": bias, "sizes": sizes, "rows": taken}
     if "x_scale" in shapes:
         given["x_scale"] = jnp.broadcast_to(scale, (*rows, scale.shape[-1]))
     if "x_zero" in shapes:

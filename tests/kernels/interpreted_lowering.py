@@ -43,7 +43,7 @@ def interpreted(run):
 
 _lowering.execute = execute
 for primitive, run in _lowering.RUN.items():
-    register(primitive, Implementation("interpreted", ("cpu",), lambda call, platform: None, interpreted(run)))
+    register(primitive, Implementation("interpreted", ("cpu",), lambda call, platform: None, interpreted(run), gathers=True))
 assert "cpu" not in TARGETS
 
 
@@ -71,6 +71,7 @@ def outlying(*shape):
 
 
 BIAS, SIZES = floats(48, dtype=jnp.float32), jnp.asarray([3, 0, 2], jnp.int32)
+ROWS = jnp.asarray([3, 0, 1, 1, 3, 2, 0], jnp.int32)
 CASES = {
     "bias": (lambda x, q: qfunc.matmul(x, q, bias=BIAS), floats(3, 256), weight("w4a16_g128", 256, 48)),
     "three axes": (qfunc.matmul, floats(2, 2, 256), weight("w8a8_dynamic", 256, 48)),
@@ -89,6 +90,10 @@ CASES = {
     "experts": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES), floats(7, 128), weight("w4a16_g128", 3, 128, 32)),
     "experts per tensor": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES), floats(7, 128), weight("fp8", 3, 128, 32)),
     "experts with outliers": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES), outlying(7, 128), weight("llm_int8", 3, 128, 32)),
+    "experts that gather": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES, rows=ROWS), floats(4, 128), weight("w4a16_g32", 3, 128, 32)),
+    "codes that are gathered": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES, rows=ROWS), floats(4, 128),
+                                weight("w4a8_dynamic", 3, 128, 32)),
+    "rows per tensor": (lambda x, q: qfunc.grouped_matmul(x, q, SIZES, rows=ROWS), floats(4, 128), weight("fp8", 3, 128, 32)),
     "embedding": (lambda ids, q: qfunc.take(q, ids), jnp.asarray([[0, 31, -1], [7, 99, 2]], jnp.int32), weight("w4a16_g32_asym", 128, 32)),
 }
 

@@ -220,6 +220,35 @@ def test_experts_and_leading_axes_are_their_own_matmuls(rng, name):
     close(grouped(rows.at[9:].set(jnp.nan), w, sizes, bias=bias), np.concatenate(parts), 1e-6)
 
 
+@pytest.mark.parametrize(("name", "how"), [
+    ("w8a8_dynamic", "native"), (None, "reference"),
+    *(pytest.param(name, how, marks=pytest.mark.slow) for name in ("w4a16_g32", "w4a16_g32_asym", "fp8", "nvfp4", "llm_int8", "nf4_dq")
+      for how in ("native", "reference"))])
+def test_rows_that_the_product_gathers_are_rows_gathered_before(rng, name, how):
+    w = matrix(rng, 3, K, N)
+    w, x, bias = w if name is None else make(w, name), matrix(rng, 5, K), matrix(rng, 3, N)
+    rows, sizes, dy = jnp.asarray(rng.integers(0, 5, 12), jnp.int32), jnp.array([4, 0, 6]), matrix(rng, 12, N)
+
+    def inside(x, rows, bias):
+        return qfunc.grouped_matmul(x, w, sizes, rows=rows, bias=bias)
+
+    def before(x, rows, bias):
+        return qfunc.grouped_matmul(x[rows], w, sizes, bias=bias)
+
+    with qfunc.use(how):
+        np.testing.assert_array_equal(jax.jit(inside)(x, rows, bias), jax.jit(before)(x, rows, bias))
+        if name is not None:                    # JAX's own ragged product has no such batching rule
+            mapped = jax.jit(jax.vmap(inside, (None, 0, None)))(x, jnp.stack([rows, rows[::-1]]), bias)
+            np.testing.assert_array_equal(mapped[1], jax.jit(before)(x, rows[::-1], bias))
+        got, want = (jax.vjp(lambda x, b, f=f: f(x, rows, b), x, bias)[1](dy) for f in (inside, before))
+    for mine, theirs in zip(got, want, strict=True):
+        close(mine, theirs, 1e-6)
+    if name == "w8a8_dynamic":                  # codes once a token
+        with qfunc.use(how):
+            codes = qfunc.quantize_activation(x, w)
+            np.testing.assert_array_equal(jax.jit(inside)(codes, rows, bias), jax.jit(before)(x, rows, bias))
+
+
 @pytest.mark.parametrize("name", ["w4a16_g32_asym", "w8a8_dynamic", "fp8", "mxfp4", "nvfp4", "llm_int8", "w8a8_block"])
 def test_the_derivative_is_straight_through(rng, name):
     q, x, bias, dy = make(matrix(rng, K, N), name), matrix(rng, 5, K), matrix(rng, N), matrix(rng, 5, N)
@@ -242,11 +271,13 @@ def test_the_derivative_in_the_scale_is_that_of_the_product(rng):
 
 def test_what_does_not_fit_is_named(rng):
     q = make(matrix(rng, 3, K, N), "w8a8_dynamic")
+    sizes = jnp.array([1, 1, 0])
     for call, words in ((lambda: qfunc.matmul(jnp.ones((2, 191)), q), "191.*192"),
                         (lambda: qfunc.matmul(jnp.ones((2, 4, K)), q), "batch axes"),
                         (lambda: qfunc.matmul(jnp.ones((2, K)), q, bias=jnp.ones(7)), "bias"),
                         (lambda: qfunc.grouped_matmul(jnp.ones((2, K)), q, jnp.array([1, 1])), "2 groups"),
-                        (lambda: qfunc.grouped_matmul(jnp.ones((2, 7)), q, jnp.array([1, 1, 0])), "192")):
+                        (lambda: qfunc.grouped_matmul(jnp.ones((2, K)), q, sizes, rows=jnp.ones(2)), "rows must be integers"),
+                        (lambda: qfunc.grouped_matmul(jnp.ones((2, 7)), q, sizes), "192")):
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="floating point"):

@@ -72,6 +72,33 @@ def test_experts_become_kernels(scheme, hopper):
     assert lowered.kernels(got) == Counter(grouped=products) + Counter(quantize_rows=int(spec is not None))
 
 
+@pytest.mark.parametrize(("scheme", "inside"), [("w4a16_g128", True), ("w8a8_dynamic", True), ("fp8", False), ("llm_int8", False)])
+def test_rows_of_experts_are_gathered_by_the_kernel_where_codes_are_a_rows_own(scheme, inside, hopper):
+    q, rows = shapes(scheme, batch=(4,)), jax.ShapeDtypeStruct((10,), jnp.int32)
+    text = lowered.lower(lambda x, q, sizes, rows: qfunc.grouped_matmul(x, q, sizes, rows=rows), x_of(5, 512), q,
+                         jax.ShapeDtypeStruct((4,), jnp.int32), rows)
+    calls = [line for line in text.splitlines() if "custom_call @" in line and '"qfunc_grouped"' in line]
+    assert len(calls) == (2 if scheme == "llm_int8" else 1)
+    for line in calls:
+        operands = line.rpartition(" : (")[2].partition(") -> ")[0]
+        assert operands.startswith(f"tensor<1x{5 if inside else 10}x512x") and ("tensor<10xi32>" in operands) == inside, operands
+        assert "-> tensor<10x256xbf16>" in line or scheme == "llm_int8", line
+
+
+def test_a_mixture_gathers_inside_and_quantizes_each_token_once(hopper):
+    from qfunc.layers.config import Names, Routing
+    from qfunc.layers.mlp import gated
+    from qfunc.layers.moe import mixture
+    q = shapes("w8a8_dynamic", 512, 512, batch=(4,))
+    params = {"gate": {"kernel": jax.ShapeDtypeStruct((512, 4), jnp.float32)},
+              "experts": {name: {"kernel": q} for name in ("gate_proj", "up_proj", "down_proj")}}
+    text = lowered.lower(lambda params, x: mixture(params, x, Routing(4, 2), Names(), gated("silu")), params, x_of(5, 512))
+    found = lowered.reached(text)
+    assert lowered.kernels(found) == Counter(grouped=3, quantize_rows=2)
+    quantized = sorted(line.rpartition(" : (")[2].split("x512x")[0] for line in text.splitlines() if '"qfunc_quantize_rows"' in line)
+    assert quantized == ["tensor<10", "tensor<5"]               # the tokens, then the hidden rows of their two experts
+
+
 def test_one_quantization_for_several_matmuls(hopper):
     q = shapes("w8a8_dynamic")
 
