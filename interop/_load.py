@@ -100,7 +100,7 @@ def _make_plan(source: Source, family: Family | None) -> Plan:
             raise refuse(tensor.file.path, name, "one tensor of its name", "another")
         else:
             modules[module][param] = tensor
-    plan.leaves += [_cache_leaf(module, leaf, tensor) for (module, leaf), tensor in caches.items()]
+    plan.leaves += [made for (module, leaf), tensor in caches.items() for made in _cache_leaves(module, leaf, tensor)]
     if caches and family is not None:
         plan.kv_code = family.kv_code(settings) or "fp8_e4m3"
     quantized, floats = [], []
@@ -129,14 +129,17 @@ def _unknown_fields(source: Source, family: Family) -> None:
         source.notes.append(f"fields of the configuration that are not known: {', '.join(map(short, found[:20]))}{more}")
 
 
-def _cache_leaf(module: str, name: str, tensor: Tensor) -> Leaf:
+def _cache_leaves(module: str, name: str, tensor: Tensor) -> list[Leaf]:
+    """One leaf of a scale; early checkpoints have one scale for keys and values, which becomes both."""
     def read():
         array = tensor.read().astype(np.float32)
         if not np.isfinite(array).all():
             raise refuse(tensor.file.path, tensor.name, "finite numbers", "NaN or infinity")
         return array.reshape(()) if array.size == 1 else array
     size = int(np.prod(tensor.shape, dtype=np.int64))
-    return Leaf((*split_path(module), name), () if size == 1 else tensor.shape, (tensor,), read=read)
+    names = ("k_scale", "v_scale") if name == "kv_scale" else (name,)
+    return [Leaf((*split_path(module), leaf), () if size == 1 else tensor.shape, () if i else (tensor,), read=read)
+            for i, leaf in enumerate(names)]
 
 
 def _add_layers(plan: Plan, layers: list[Layer]) -> None:

@@ -31,6 +31,8 @@ def cache_scale(module: str, param: str) -> tuple[str, str] | None:
     projection = _PROJECTION.fullmatch(module)
     if projection:
         return projection[1], leaf.format(projection[2])
+    # vLLM keeps them one module further down.
+    module = module.removesuffix(".attn") if module.endswith("attn.attn") else module
     return None if "{}" in leaf else (module, leaf)
 
 

@@ -504,3 +504,15 @@ def test_an_embedding_is_a_target_of_its_own(tmp_path):
     for wrong in ({**config, "config_groups": {"a": group(8, "Linear")}}, {**config, "ignore": ["Embedding"]}):
         with pytest.raises(CheckpointError, match="embed_tokens.*ignored, or no group"):
             qfunc.load(checkpoint(tmp_path, tensors, wrong))
+
+
+@pytest.mark.parametrize("name", ["self_attn.kv_scale", "self_attn.attn.kv_scale"])
+def test_one_scale_of_the_cache_is_that_of_keys_and_values(tmp_path, name):
+    tensors = {**under({"weight": np.ones((8, 16), ml_dtypes.float8_e4m3fn), "weight_scale": np.ones((), np.float32)}),
+               f"model.layers.0.{name}": np.array(.25, np.float32)}
+    loaded = qfunc.load(checkpoint(tmp_path, tensors, {"quant_method": "fp8", "activation_scheme": "dynamic"}))
+    node = loaded.params["model"]["layers"]["0"]["self_attn"]
+    assert loaded.kv_cache == "fp8_e4m3" and set(node) == {"k_scale", "v_scale"} and float(node["k_scale"]) == float(node["v_scale"]) == .25
+    tensors[f"model.layers.0.{name.replace('kv_', 'v_')}"] = np.array(.5, np.float32)
+    with pytest.raises(CheckpointError, match="v_scale: expected one leaf"):
+        qfunc.load(checkpoint(tmp_path, tensors, {"quant_method": "fp8", "activation_scheme": "dynamic"}))
