@@ -38,6 +38,15 @@ class Side(NamedTuple):
     zero: Any = None
 
 
+def shared(spec: ActivationSpec | None, how: int, calibrated: bool) -> bool:
+    """Whether one scale over all rows of a call, quantized as `how`, is left to the handlers to find."""
+    if spec is None or calibrated or how not in (GIVEN, FLOAT) or spec.mode == "static" or spec.zero is not None:
+        return False
+    if spec.outer is not None:
+        return spec.outer == "tensor"
+    return spec.granularity.kind == "tensor" and spec.scale_rule == "amax" and spec.scale_dtype == "float32"
+
+
 def is_integer(spec: ActivationSpec | None, w: QTensor) -> bool:
     """Whether codes on both sides are integers, so that sums are made in int32."""
     return spec is not None and code(w.scheme.weight.code).integer and code(spec.code).integer and w.scheme.weight.zero != "float"
@@ -151,7 +160,7 @@ def side(spec: ActivationSpec | None, w: QTensor, x: tuple, scope: int, how: int
         x = x.astype(jnp.float32) * (w.smooth if owner is None else w.smooth[owner]).astype(jnp.float32)
     if spec is None:
         return Side(_reordered(x, w.perm, owner).reshape(-1, columns))
-    if how in (TOKEN, GROUP):
+    if how in (TOKEN, GROUP) or owner is None and shared(spec, how, w.input_scale is not None):
         return Side(_reordered(x, w.perm, owner).reshape(-1, columns))
     own = x[:, None, :] if owner is not None else x
     scales = (w.input_scale, w.input_zero) if owner is None else expert

@@ -31,6 +31,7 @@ from ._activation import (
     lowest,
     mode,
     outliers,
+    shared,
     side,
 )
 from ._operands import FLOATS, GGML, refusal, weight_operands
@@ -102,15 +103,22 @@ def matmul(call: Call, *operands):
     x, w, _, bias = call.split(operands)
     w = w.canonical
     spec, scope, how = call.spec, call.scope - call.batch, mode(call.spec, w, call.quantized)
-    if spec is not None and spec.outlier_threshold is not None and not call.quantized:
+    threshold, out = None if spec is None or call.quantized else spec.outlier_threshold, call.out_dtype
+    if threshold is not None and (how not in (TOKEN, GROUP) or threshold <= 0):
         return _with_outliers(call, x[0], w, bias)
+    together = 0
+    if threshold is not None or not call.quantized and shared(spec, how, w.input_scale is not None):
+        together = int(np.prod(x[0].shape[call.scope:-1]))
+    if threshold is not None:
+        x, out = (x[0].astype(jnp.float32),), jnp.float32       # the sum of both products is rounded, not one of them
 
     def prepare(x, small):
         return side(spec, dataclasses.replace(w, **small), x, scope, how)
 
     for _ in range(call.batch):
         prepare = jax.vmap(prepare)
-    return _product(call, prepare(x, _small(w)), w, None, bias, spec, how, call.out_dtype).reshape(*x[0].shape[:-1], w.matrix_shape[-1])
+    y = _product(call, prepare(x, _small(w)), w, None, bias, spec, how, out, together, threshold)
+    return y.astype(call.out_dtype).reshape(*x[0].shape[:-1], w.matrix_shape[-1])
 
 
 def grouped_matmul(call: Call, *operands):
@@ -144,6 +152,7 @@ def grouped_matmul(call: Call, *operands):
 
 
 def _with_outliers(call: Call, x, w, bias):
+    """Outliers beside codes that XLA makes: two products. Elsewhere the handler keeps the columns apart itself."""
     spec, how = call.spec, mode(call.spec, w, False)
     scope = call.scope - call.batch
 
@@ -162,8 +171,11 @@ def _with_outliers(call: Call, x, w, bias):
     return y.astype(call.out_dtype).reshape(*x.shape[:-1], w.matrix_shape[-1])
 
 
-def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out):
-    """The handler on x [*batch, M, K]: y [B, M, N], or [T, N] for experts."""
+def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out, together: int = 0, threshold: float | None = None):
+    """The handler on x [*batch, M, K]: y [B, M, N], or [T, N] for experts.
+
+    `together` rows share what the handler finds in all of them: their scale, or the columns that reach the threshold.
+    """
     *batch, columns, rows = w.matrix_shape
     count = int(np.prod(batch))
     leading = 1 if sizes is not None else count
@@ -175,14 +187,16 @@ def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out):
     y = jax.ffi.ffi_call("qfunc_matmul", jax.ShapeDtypeStruct((leading, x.shape[1], rows), out))(
         x, empty if part.scale is None else part.scale, empty if part.zero is None else part.zero, *operands, bias,
         empty if sizes is None else sizes, **attributes,
-        **_activation_attributes(spec, how, columns, bounds(spec, w), limit))
+        **_activation_attributes(spec, how, columns, bounds(spec, w), limit, together, threshold))
     return y[0] if sizes is not None else y
 
 
-def _activation_attributes(spec, how: int, columns: int, bounds: tuple, limit: int | None) -> dict:
+def _activation_attributes(spec, how: int, columns: int, bounds: tuple, limit: int | None, together: int = 0,
+                           threshold: float | None = None) -> dict:
     formats = float_attributes(spec) if how == FLOAT else NO_FLOAT
     return dict(mode=np.int32(how), x_group=np.int64(group_of(spec, columns)), clip=np.float32(spec.clip if spec is not None else 1),
-                lowest=np.float32(bounds[0]), highest=np.float32(bounds[1]), limit=np.int64(limit or ANY), **formats)
+                lowest=np.float32(bounds[0]), highest=np.float32(bounds[1]), limit=np.int64(limit or ANY), together=np.int64(together),
+                threshold=np.float32(threshold or 0), **formats)
 
 
 def quantize_activation(call: Call, x, *extra):

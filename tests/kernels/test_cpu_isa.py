@@ -115,7 +115,7 @@ def test_wrong_shapes_never_reach_a_pointer():
     small = dict(code=0, bits=8, offset=0, scale_type=1, zero_kind=0, mode=2)
     attributes = {**{name: np.int32(value) for name, value in small.items()}, "group": np.int64(64), "share": np.int64(1),
                   "x_group": np.int64(64), "clip": np.float32(1), "lowest": np.float32(-127), "highest": np.float32(127),
-                  "limit": np.int64(131071), "divisor": np.float32(1),
+                  "limit": np.int64(131071), "divisor": np.float32(1), "threshold": np.float32(0), "together": np.int64(0),
                   **{name: np.int32(0) for name in ("rule", "mantissa", "exponent", "sign", "bump", "emax")}}
 
     def call(codes, scale):

@@ -163,6 +163,8 @@ void fill(const Problem& p, Data& d) {
   d.a.clip = 1;
   d.a.lowest = -127;
   d.a.highest = 127;
+  d.a.threshold = 0;
+  d.a.shared = false;
   d.a.limit = 131071;
 }
 

@@ -15,13 +15,6 @@ inline float largest(const float* x, int64_t count) {
   return from_bits(static_cast<uint32_t>(top));
 }
 
-// The reference's `usable`: 1 where the scale is zero or subnormal, NaN where it is not finite.
-inline float usable(float s) {
-  const uint32_t magnitude = to_bits(s) & 0x7fffffffu;
-  if (magnitude < 0x00800000u) return 1.0f;
-  return magnitude >= 0x7f800000u ? from_bits(0x7fc00000u) : s;
-}
-
 // codes = clip(rint(x / s) + zero, lowest, highest). Clipping first changes nothing, since the bounds are integers, and makes the
 // addition of 1.5 * 2^23 round to the nearest even integer.
 inline void encode(const float* __restrict__ x, int64_t count, float s, float lowest, float highest, float zero, int8_t* __restrict__ codes) {

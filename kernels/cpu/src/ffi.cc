@@ -58,7 +58,8 @@ struct ActivationAttributes {
   float clip, lowest, highest;
   int64_t limit;
   int32_t rule, mantissa, exponent, sign, bump, emax;
-  float divisor;
+  float divisor, threshold;
+  int64_t together;
 };
 
 // x [rows, k] with what is known of its scales beforehand.
@@ -80,9 +81,14 @@ Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffe
                        at.exponent >= -14 && at.exponent <= 0;
     if (!known) return refuse("unknown activation format");
     a.format = {at.mantissa, at.exponent, at.highest, at.sign, static_cast<Rule>(at.rule), at.divisor, at.bump, at.emax};
-    if (a.format.rule == Rule::Given && !present(scale)) return refuse("a given scale is missing");
   }
-  if (codes || a.mode == Quantize::Given || present(scale)) {
+  if (at.together < 0 || (at.together > 0 && rows % at.together)) return refuse("rows do not divide into what shares a scale");
+  a.threshold = at.threshold;
+  if (a.threshold > 0 && (at.together == 0 || (a.mode != Quantize::Token && a.mode != Quantize::Group))) return refuse("a threshold needs scales found here");
+  const bool known = codes || a.mode == Quantize::Given || (a.mode == Quantize::Float && a.format.rule == Rule::Given);
+  const bool common = known || (a.mode == Quantize::Float && a.format.rule == Rule::TwoLevel);
+  a.shared = at.together > 0 && common && !codes && !present(scale) && !present(zero);
+  if (!a.shared && (known || present(scale))) {
     const int64_t steps = codes && at.group < k ? (k + at.group - 1) / at.group : 1;
     if (static_cast<int64_t>(scale.element_count()) != rows * steps || scale.element_type() != DataType::F32) return refuse("x_scale does not match x");
     a.scale = static_cast<const float*>(scale.untyped_data());
@@ -169,7 +175,7 @@ Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer 
              AnyBuffer zero, AnyBuffer mean, AnyBuffer map, AnyBuffer table, AnyBuffer bias, AnyBuffer sizes, ffi::Result<AnyBuffer> y,
              int32_t code, int32_t bits, int32_t offset, int32_t scale_type, int32_t zero_kind, int64_t group, int64_t share, int32_t mode,
              int64_t x_group, float clip, float lowest, float highest, int64_t limit, int32_t rule, int32_t mantissa, int32_t exponent, int32_t sign,
-             int32_t bump, int32_t emax, float divisor) {
+             int32_t bump, int32_t emax, float divisor, float threshold, int64_t together) {
   Error error = Error::Success();
   const Kernels* kernels = kernels_or(error);
   if (!kernels) return error;
@@ -183,7 +189,7 @@ Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer 
   if (error.failure()) return error;
 
   Activation a{};
-  error = read_activation(x, x_scale, x_zero, batch * rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor}, a);
+  error = read_activation(x, x_scale, x_zero, batch * rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor, threshold, together}, a);
   if (error.failure()) return error;
   if (a.integer() && matrices.first.code > Code::Packed) return refuse("integer products need integer codes");
   const int64_t weight_segment = group < k ? group : 0, x_segment = x_group < k ? x_group : 0;
@@ -196,6 +202,8 @@ Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer 
   }
   const Number y_type = number_of(y->element_type());
   if (!is_float(y_type)) return refuse("y must be float32, bfloat16 or float16");
+  if (together > 0 && (present(sizes) || rows % together)) return refuse("rows of one matrix do not divide into what shares a scale");
+  if (a.threshold > 0 && y_type != Number::F32) return refuse("with a threshold y must be float32");
 
   std::vector<Slice> slices;
   if (present(sizes)) {
@@ -211,7 +219,8 @@ Error matmul(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer 
     std::memset(static_cast<char*>(y->untyped_data()) + row * row_bytes, 0, static_cast<size_t>((rows - row) * row_bytes));
   } else {
     if (batch != matrices.count) return refuse("x and w have different numbers of matrices");
-    for (int64_t b = 0; b < batch; ++b) slices.push_back({b * rows, rows, b});
+    const int64_t own = together > 0 ? together : rows;
+    for (int64_t row = 0; row < batch * rows; row += own) slices.push_back({row, own, row / rows});
   }
   multiply(*kernels, pool_of(threads), matrices, a, slices, y->untyped_data(), y_type);
   return Error::Success();
@@ -238,7 +247,7 @@ Error take_rows(ffi::ThreadPool threads, ffi::Buffer<DataType::S32> ids, AnyBuff
 
 Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, AnyBuffer x_zero, ffi::Result<AnyBuffer> codes,
                     ffi::ResultBuffer<DataType::F32> scale, int32_t mode, int64_t x_group, float clip, float lowest, float highest, int64_t limit,
-                    int32_t rule, int32_t mantissa, int32_t exponent, int32_t sign, int32_t bump, int32_t emax, float divisor) {
+                    int32_t rule, int32_t mantissa, int32_t exponent, int32_t sign, int32_t bump, int32_t emax, float divisor, float threshold, int64_t together) {
   Error error = Error::Success();
   const Kernels* kernels = kernels_or(error);
   if (!kernels) return error;
@@ -247,9 +256,9 @@ Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, Any
   const int64_t rows = xd[0], k = xd[1];
   if (x.element_count() == 0) return Error::Success();
   Activation a{};
-  error = read_activation(x, x_scale, x_zero, rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor}, a);
+  error = read_activation(x, x_scale, x_zero, rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor, threshold, together}, a);
   if (error.failure()) return error;
-  if (a.mode == Quantize::None || a.mode == Quantize::Codes) return refuse("there is nothing to quantize");
+  if (a.mode == Quantize::None || a.mode == Quantize::Codes || a.shared || a.threshold > 0) return refuse("there is nothing to quantize");
   const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
   if (a.mode == Quantize::Given && steps != 1) return refuse("x_scale does not match x");
   if (codes->element_count() != x.element_count() || width_of(codes->element_type()) != 1 || static_cast<int64_t>(scale->element_count()) != rows * steps)
@@ -266,7 +275,7 @@ Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, Any
   .Attr<int32_t>("code").Attr<int32_t>("bits").Attr<int32_t>("offset").Attr<int32_t>("scale_type").Attr<int32_t>("zero_kind").Attr<int64_t>("group").Attr<int64_t>("share")
 #define QFUNC_X_ATTRIBUTES .Attr<int32_t>("mode").Attr<int64_t>("x_group").Attr<float>("clip").Attr<float>("lowest").Attr<float>("highest") \
   .Attr<int64_t>("limit").Attr<int32_t>("rule").Attr<int32_t>("mantissa").Attr<int32_t>("exponent").Attr<int32_t>("sign").Attr<int32_t>("bump").Attr<int32_t>("emax") \
-  .Attr<float>("divisor")
+  .Attr<float>("divisor").Attr<float>("threshold").Attr<int64_t>("together")
 #define QFUNC_ANY .Arg<xla::ffi::AnyBuffer>()
 
 extern "C" QFUNC_EXPORT XLA_FFI_Error* qfunc_matmul(XLA_FFI_CallFrame*);

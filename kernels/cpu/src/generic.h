@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "codes.h"
 #include "kernels.h"
+#include "survey.h"
 
 namespace qfunc {
 namespace {
@@ -284,5 +285,5 @@ void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8
 #define QFUNC_GENERIC_KERNELS(variable, label)                                                                                     \
   extern const Kernels variable;                                                                                                   \
   const Kernels variable = {label, 0, kWidth, kWidth, 4, 4, 1, kTile, natural_order, stream_ok, float_stream, float_tile, int_stream,      \
-                            int_tile, dequantize_row, quantize_row, quantize_floats, convert_numbers, panel_f32, panel_i8, peak};
+                            int_tile, dequantize_row, quantize_row, quantize_floats, survey, add_columns, convert_numbers, panel_f32, panel_i8, peak};
 }  // namespace qfunc

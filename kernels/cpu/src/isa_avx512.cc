@@ -4,6 +4,7 @@
 #include "avx512_codes.h"
 #include "avx512_transpose.h"
 #include "kernels.h"
+#include "survey.h"
 
 namespace qfunc {
 namespace {
@@ -68,5 +69,5 @@ double peak(bool integer, int64_t rounds) {
 
 extern const Kernels kernels_avx512;
 const Kernels kernels_avx512 = {"avx512", kPairs, 16, 32, 4, 8, 16, 12, packed_order, avx512::int_stream_ok, avx512::float_stream,
-                                avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, quantize_floats, convert_numbers, panel_f32, panel_i8, peak};
+                                avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, quantize_floats, survey, add_columns, convert_numbers, panel_f32, panel_i8, peak};
 }  // namespace qfunc

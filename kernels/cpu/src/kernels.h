@@ -27,6 +27,9 @@ struct Kernels {
   // The same for a small float format; `given` as `Activation::scale`. Codes, scales and values may each be null; values may be x.
   void (*quantize_floats)(const float* x, int64_t k, int64_t group, const FloatFormat& format, float clip, const float* given, float* scale,
                           uint8_t* codes, float* values);
+  // What the rows of x have in common, and columns that integers cannot hold: see survey.h.
+  float (*survey)(const float* x, int64_t k, float threshold, uint8_t* marks);
+  void (*add_columns)(const Product& p, const int32_t* columns, int64_t count, const float* x, int64_t n0, int64_t n1);
   void (*to_f32)(const void* from, Number type, int64_t start, int64_t count, float* out);
   // Rows of float32 [kp] into a panel [kp, width] / of codes into [kp / 4, width, 4].
   void (*panel_f32)(const float* rows, int64_t count, int64_t kp, int64_t width, float* out);

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "scratch.h"
+#include "scales.h"
 
 namespace qfunc {
 namespace {
@@ -22,8 +22,71 @@ struct Plan {
   bool stream;
   int64_t width, padded;
   int64_t data, sums, scale, zero;  // offsets in bytes
+  int64_t rows, kept;               // the same of rows before they become a panel (-1: they stay with the thread), and of columns kept apart
+  const std::vector<int32_t>* columns;
   Weight w;
 };
+
+// Before any row is quantized: the scale that the rows of a slice share, and the columns that are too large for integers.
+struct Common {
+  std::vector<float> scale;                   // [rows]
+  std::vector<std::vector<int32_t>> columns;  // by slice
+};
+
+Common find_common(const Kernels& kernels, const Pool& pool, const Activation& a, const std::vector<Slice>& slices, int64_t k) {
+  struct Task {
+    size_t slice;
+    int64_t begin, end;
+    float top;
+    std::vector<uint8_t> marks;
+  };
+  int64_t rows = 0;
+  for (const Slice& slice : slices) rows = std::max(rows, slice.row + slice.rows);
+  const int64_t chunk = std::max<int64_t>({1, kSerialElements / k, rows / (4 * pool.threads)});
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < slices.size(); ++i)
+    for (int64_t m = 0; m < slices[i].rows; m += chunk)
+      tasks.push_back({i, slices[i].row + m, slices[i].row + std::min(m + chunk, slices[i].rows), 0.0f, {}});
+  parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+    Task& task = tasks[static_cast<size_t>(t)];
+    thread_local Scratch wide;
+    if (a.threshold > 0) task.marks.resize(static_cast<size_t>(k));
+    for (int64_t m = task.begin; m < task.end; ++m) {
+      const float* x = static_cast<const float*>(a.x) + m * k;
+      if (a.type != Number::F32) {
+        float* own = wide.get<float>(static_cast<size_t>(k));
+        kernels.to_f32(a.x, a.type, m * k, k, own);
+        x = own;
+      }
+      const float top = kernels.survey(x, k, a.threshold, a.threshold > 0 ? task.marks.data() : nullptr);
+      task.top = top <= task.top ? task.top : top;   // NaN stays
+    }
+  });
+  Common found;
+  found.columns.resize(slices.size());
+  std::vector<float> top(slices.size(), 0.0f);
+  for (size_t first = 0; first < tasks.size();) {
+    Task& task = tasks[first];
+    const size_t slice = task.slice;
+    size_t next = first;
+    for (; next < tasks.size() && tasks[next].slice == slice; ++next) {
+      const Task& other = tasks[next];
+      top[slice] = other.top <= top[slice] ? top[slice] : other.top;
+      if (next > first)
+        for (size_t i = 0; i < other.marks.size(); ++i) task.marks[i] |= other.marks[i];
+    }
+    for (size_t i = 0; i < task.marks.size(); ++i)
+      if (task.marks[i]) found.columns[slice].push_back(static_cast<int32_t>(i));
+    first = next;
+  }
+  if (a.shared) {
+    found.scale.assign(static_cast<size_t>(rows), 1.0f);
+    const bool two = a.mode == Quantize::Float && a.format.rule == Rule::TwoLevel;
+    for (size_t i = 0; i < slices.size(); ++i)
+      std::fill_n(found.scale.begin() + slices[i].row, slices[i].rows, usable(top[i] * a.clip / (two ? a.highest * 448.0f : a.highest)));
+  }
+  return found;
+}
 
 class Layout {
  public:
@@ -57,10 +120,12 @@ struct Job {
 
   // Codes, sums and scales of one row of x; `step` is the distance between the segments of a row in sums and scale. Sums are made for
   // `lanes` lanes apart, code k belonging to lane k / 4.
-  void integer_row(int64_t row, float* wide, int8_t* codes, int32_t* sums, float* scale, int64_t step, int64_t lanes) const {
+  // Numbers of `columns` go to `kept`, and zeros are quantized in their place.
+  void integer_row(int64_t row, const std::vector<int32_t>& columns, float* kept, float* wide, int8_t* codes, int32_t* sums, float* scale, int64_t step,
+                   int64_t lanes) const {
     float own[1], *s = own;
-    thread_local Scratch kept;
-    if (x_steps > 1) s = kept.get<float>(static_cast<size_t>(x_steps));
+    thread_local Scratch steps;
+    if (x_steps > 1) s = steps.get<float>(static_cast<size_t>(x_steps));
     if (a.mode == Quantize::Codes) {
       std::memcpy(codes, static_cast<const int8_t*>(a.x) + row * k, static_cast<size_t>(k));
       std::memcpy(s, a.scale + row * a.scale_step, static_cast<size_t>(x_steps) * sizeof(float));
@@ -68,6 +133,11 @@ struct Job {
       const float* x = wide;
       if (a.type == Number::F32) x = static_cast<const float*>(a.x) + row * k;
       else kernels.to_f32(a.x, a.type, row * k, k, wide);
+      if (!columns.empty()) {
+        if (x != wide) std::memcpy(wide, x, static_cast<size_t>(k) * sizeof(float));
+        x = wide;
+        for (size_t j = 0; j < columns.size(); ++j) kept[j] = wide[columns[j]], wide[columns[j]] = 0.0f;
+      }
       if (a.mode == Quantize::Given) s[0] = a.scale[row];
       kernels.quantize_row(x, k, a.group < k ? a.group : k, a.mode != Quantize::Given, a.clip, a.lowest, a.highest, a.zero ? a.zero + row : nullptr, s, codes);
     }
@@ -98,37 +168,50 @@ struct Job {
         for (int64_t i = 0; i < kBlock; ++i) out[b + i] = wide[b + order[i]];
   }
 
-  // One panel (prefill) or all rows (decode) of a slice.
-  void pack(const Plan& p, int64_t first) const {
-    const bool integer = a.integer();
-    const int64_t count = std::min(p.slice.rows - first, p.width);
-    thread_local Scratch row_scratch, wide_scratch;
+  size_t row_size() const { return static_cast<size_t>(kp) * (a.integer() ? 1 : 4); }
+
+  // Rows [m0, m1) of the panel (prefill) or of all rows (decode) that start at `first`, quantized into `rows` [width, kp].
+  void fill_rows(const Plan& p, int64_t first, int64_t m0, int64_t m1, char* rows) const {
+    thread_local Scratch wide_scratch;
     float* wide = wide_scratch.get<float>(static_cast<size_t>(kp));
-    const size_t bytes = static_cast<size_t>(kp * p.width) * (integer ? 1 : 4);
-    char* rows = p.stream ? at<char>(p.data) : static_cast<char*>(row_scratch.get(bytes));
-    if (integer) {
-      // In panels the rows are the fastest axis of sums and scales, in the decode path the slowest.
-      const int64_t lanes = p.stream ? kernels.sum_lanes : 1;
-      int32_t* sums = at<int32_t>(p.sums) + first * segments * lanes;
-      float* scale = at<float>(p.scale) + first * x_steps;
-      if (count < p.width) {
-        std::memset(sums, 0, static_cast<size_t>(p.width * segments * lanes) * 4);
-        std::memset(scale, 0, static_cast<size_t>(p.width * x_steps) * 4);
-        std::memset(rows + count * kp, 0, static_cast<size_t>((p.width - count) * kp));
-      }
-      for (int64_t m = 0; m < count; ++m)
-        integer_row(p.slice.row + first + m, wide, reinterpret_cast<int8_t*>(rows) + m * kp, sums + (p.stream ? m * segments * lanes : m),
-                    scale + (p.stream ? m * x_steps : m), p.stream ? 1 : p.width, lanes);
-      if (a.zero)
-        for (int64_t m = 0; m < p.width; ++m) at<int32_t>(p.zero)[first + m] = m < count ? a.zero[p.slice.row + first + m] : 0;
-      if (!p.stream) kernels.panel_i8(reinterpret_cast<int8_t*>(rows), count, kp, p.width, at<int8_t>(p.data) + first * kp);
-    } else {
-      const uint8_t* order = kernels.order(p.w);
-      float* to = reinterpret_cast<float*>(rows);
-      for (int64_t m = 0; m < count; ++m) float_row(p.slice.row + first + m, order, wide, to + m * kp);
-      if (p.stream) std::fill(to + count * kp, to + p.width * kp, 0.0f);
-      else kernels.panel_f32(to, count, kp, p.width, at<float>(p.data) + first * kp);
+    const uint8_t* order = kernels.order(p.w);
+    // In panels the rows are the fastest axis of sums and scales, in the decode path the slowest.
+    const int64_t lanes = p.stream ? kernels.sum_lanes : 1, sum_step = p.stream ? segments * lanes : 1, scale_step = p.stream ? x_steps : 1;
+    for (int64_t m = m0; m < m1; ++m) {
+      char* to = rows + static_cast<size_t>(m) * row_size();
+      if (a.integer())
+        integer_row(p.slice.row + first + m, *p.columns, at<float>(p.kept) + (first + m) * static_cast<int64_t>(p.columns->size()), wide,
+                    reinterpret_cast<int8_t*>(to), at<int32_t>(p.sums) + first * segments * lanes + m * sum_step,
+                    at<float>(p.scale) + first * x_steps + m * scale_step, p.stream ? 1 : p.width, lanes);
+      else float_row(p.slice.row + first + m, order, wide, reinterpret_cast<float*>(to));
     }
+  }
+
+  // Rows become a panel; lanes and rows that only pad it are zero.
+  void finish(const Plan& p, int64_t first, char* rows) const {
+    const int64_t count = std::min(p.slice.rows - first, p.width), spare = p.width - count;
+    if (spare) std::memset(rows + static_cast<size_t>(count) * row_size(), 0, static_cast<size_t>(spare) * row_size());
+    if (a.integer() && spare) {
+      if (p.stream) {
+        std::memset(at<int32_t>(p.sums) + count * segments * kernels.sum_lanes, 0, static_cast<size_t>(spare * segments * kernels.sum_lanes) * 4);
+        std::memset(at<float>(p.scale) + count * x_steps, 0, static_cast<size_t>(spare * x_steps) * 4);
+      } else {
+        for (int64_t i = 0; i < segments; ++i) std::fill_n(at<int32_t>(p.sums) + first * segments + i * p.width + count, spare, 0);
+        for (int64_t i = 0; i < x_steps; ++i) std::fill_n(at<float>(p.scale) + first * x_steps + i * p.width + count, spare, 0.0f);
+      }
+    }
+    if (a.zero)
+      for (int64_t m = 0; m < p.width; ++m) at<int32_t>(p.zero)[first + m] = m < count ? a.zero[p.slice.row + first + m] : 0;
+    if (p.stream) return;
+    if (a.integer()) kernels.panel_i8(reinterpret_cast<int8_t*>(rows), count, kp, p.width, at<int8_t>(p.data) + first * kp);
+    else kernels.panel_f32(reinterpret_cast<float*>(rows), count, kp, p.width, at<float>(p.data) + first * kp);
+  }
+
+  // Where the rows of a panel are before it is one.
+  char* rows_of(const Plan& p, int64_t first) const {
+    if (p.rows >= 0) return at<char>(p.rows) + static_cast<size_t>(first) * row_size();
+    thread_local Scratch scratch;
+    return p.stream ? at<char>(p.data) : static_cast<char*>(scratch.get(static_cast<size_t>(p.width) * row_size()));
   }
 
   Product product(const Plan& p, const Matrices& matrices, void* y, Number y_type) const {
@@ -166,19 +249,25 @@ Weight Matrices::at(int64_t i) const {
   return w;
 }
 
-void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices, const Activation& a, const std::vector<Slice>& slices,
-              void* y, Number y_type) {
+void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices, const Activation& activation,
+              const std::vector<Slice>& slices, void* y, Number y_type) {
   const Weight& shape = matrices.first;
+  Activation a = activation;
   const bool integer = a.integer();
   const int64_t kp = round_up(shape.k, kBlock), segment = integer ? common_segment(shape, a) : shape.k;
+  static const std::vector<int32_t> no_columns;
+  Common common;
+  if (a.shared || a.threshold > 0) common = find_common(kernels, pool, a, slices, shape.k);
+  if (a.shared) a.scale = common.scale.data();
   Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, integer && a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr};
 
   Layout layout;
   std::vector<Plan> plans;
   int64_t rows = 0, panels = 0;
-  for (const Slice& slice : slices) {
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const Slice& slice = slices[i];
     if (slice.rows == 0) continue;
-    Plan p{slice, false, 0, 0, 0, 0, 0, 0, matrices.at(slice.matrix)};
+    Plan p{slice, false, 0, 0, 0, 0, 0, 0, -1, 0, a.threshold > 0 ? &common.columns[i] : &no_columns, matrices.at(slice.matrix)};
     Product probe{};
     probe.x.zero = a.zero;
     probe.x.rows = slice.rows;
@@ -194,25 +283,55 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     p.sums = layout.add(integer ? p.padded * job.segments * (p.stream ? kernels.sum_lanes : 1) * 4 : 0);
     p.scale = layout.add(integer ? p.padded * job.x_steps * 4 : 0);
     p.zero = layout.add(a.zero ? p.padded * 4 : 0);
+    p.kept = layout.add(slice.rows * static_cast<int64_t>(p.columns->size()) * 4);
     rows += slice.rows;
     panels += p.padded / p.width;
     plans.push_back(p);
   }
   if (plans.empty() || shape.n == 0) return;
+  const Pool serial;
+  const int64_t cost = a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : 2;  // of an element, about
+  const Pool& packers = rows * shape.k * cost < kSerialElements ? serial : pool;
+  // With fewer panels than threads, rows are quantized apart and laid out after that.
+  const bool apart = panels < packers.threads && rows > panels;
+  if (apart)
+    for (Plan& p : plans) p.rows = p.stream ? p.data : layout.add(p.padded * static_cast<int64_t>(job.row_size()));
   thread_local Scratch memory;
   job.memory = static_cast<char*>(memory.get(static_cast<size_t>(layout.size())));
 
   // Tasks of all slices are numbered through, so that many small experts spread as well as one large product.
   struct Task {
     int32_t plan;
-    int64_t begin;
+    int64_t begin, end;
   };
   std::vector<Task> tasks;
+  const auto run = [&](const Pool& threads, auto&& body) {
+    parallel_for(threads, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+      const Task& task = tasks[static_cast<size_t>(t)];
+      body(plans[static_cast<size_t>(task.plan)], task);
+    });
+  };
+  const auto count = [](const Plan& p, int64_t first) { return std::min(p.slice.rows - first, p.width); };
+  if (apart) {
+    const int64_t chunk = std::max<int64_t>(1, rows / (4 * packers.threads));
+    for (size_t i = 0; i < plans.size(); ++i)
+      for (int64_t m = 0; m < plans[i].slice.rows; m += chunk) tasks.push_back({static_cast<int32_t>(i), m, std::min(m + chunk, plans[i].slice.rows)});
+    run(packers, [&](const Plan& p, const Task& task) {
+      for (int64_t m = task.begin; m < task.end;) {
+        const int64_t first = m / p.width * p.width, end = std::min(task.end, first + p.width);
+        job.fill_rows(p, first, m - first, end - first, job.rows_of(p, first));
+        m = end;
+      }
+    });
+    tasks.clear();
+  }
   for (size_t i = 0; i < plans.size(); ++i)
-    for (int64_t first = 0; first < plans[i].padded; first += plans[i].width) tasks.push_back({static_cast<int32_t>(i), first});
-  const Pool serial;
-  parallel_for(rows * shape.k < kSerialElements ? serial : pool, static_cast<int64_t>(tasks.size()),
-               [&](int64_t t) { job.pack(plans[static_cast<size_t>(tasks[static_cast<size_t>(t)].plan)], tasks[static_cast<size_t>(t)].begin); });
+    for (int64_t first = 0; first < plans[i].padded; first += plans[i].width) tasks.push_back({static_cast<int32_t>(i), first, 0});
+  run(packers, [&](const Plan& p, const Task& task) {
+    char* to = job.rows_of(p, task.begin);
+    if (!apart) job.fill_rows(p, task.begin, 0, count(p, task.begin), to);
+    job.finish(p, task.begin, to);
+  });
 
   tasks.clear();
   const int64_t pieces = std::max<int64_t>(1, 8 * pool.threads / static_cast<int64_t>(plans.size()));
@@ -220,14 +339,15 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   const bool any_tile = std::any_of(plans.begin(), plans.end(), [](const Plan& p) { return !p.stream; });
   const int64_t step = any_tile ? round_up(even, kernels.weight_rows) : std::max<int64_t>(8, round_up(even, 2));
   for (size_t i = 0; i < plans.size(); ++i)
-    for (int64_t n = 0; n < shape.n; n += step) tasks.push_back({static_cast<int32_t>(i), n});
+    for (int64_t n = 0; n < shape.n; n += step) tasks.push_back({static_cast<int32_t>(i), n, std::min(n + step, shape.n)});
   std::vector<Product> products;
   for (const Plan& p : plans) products.push_back(job.product(p, matrices, y, y_type));
-  parallel_for(rows * shape.k * shape.n < kSerialWork ? serial : pool, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    const Task& task = tasks[static_cast<size_t>(t)];
-    const Plan& p = plans[static_cast<size_t>(task.plan)];
+  run(rows * shape.k * shape.n < kSerialWork ? serial : pool, [&](const Plan& p, const Task& task) {
     const auto compute = integer ? (p.stream ? kernels.int_stream : kernels.int_tile) : (p.stream ? kernels.float_stream : kernels.float_tile);
-    compute(products[static_cast<size_t>(task.plan)], task.begin, std::min(task.begin + step, shape.n));
+    const Product& product = products[static_cast<size_t>(task.plan)];
+    compute(product, task.begin, task.end);
+    if (!p.columns->empty())
+      kernels.add_columns(product, p.columns->data(), static_cast<int64_t>(p.columns->size()), job.at<float>(p.kept), task.begin, task.end);
   });
 }
 

@@ -29,6 +29,8 @@ struct Activation {
   int64_t group;        // codes under one activation scale
   float clip, lowest, highest;
   FloatFormat format;   // for Float
+  float threshold;      // columns of a slice in which |x| reaches it are multiplied in floating point; 0: none are
+  bool shared;          // one scale for all rows of a slice is found first, as if it had come in `scale`
   int64_t limit;        // products of codes that an int32 sum can hold
   bool integer() const { return mode != Quantize::None && mode != Quantize::Float; }
 };

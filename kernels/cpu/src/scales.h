@@ -104,6 +104,13 @@ inline void convert_numbers(const void* from, Number type, int64_t start, int64_
   for (int64_t i = 0; i < count; ++i) out[i] += add[i * step];
 }
 
+// The reference's `usable`: 1 where the scale is zero or subnormal, NaN where it is not finite.
+inline float usable(float s) {
+  const uint32_t magnitude = to_bits(s) & 0x7fffffffu;
+  if (magnitude < 0x00800000u) return 1.0f;
+  return magnitude >= 0x7f800000u ? from_bits(0x7fc00000u) : s;
+}
+
 inline int64_t scale_row(const Weight& w, int64_t n) { return w.share == 0 ? 0 : n / w.share; }
 
 // out [segments]: every level multiplied together. Type None leaves the scale at 1 (integer accumulators as they are).
