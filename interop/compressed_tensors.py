@@ -4,6 +4,7 @@ Tensors by format: `int-quantized`, `float-quantized`, `naive-quantized`: `weigh
 `weight_zero_point`, `input_scale`, `input_zero_point`. `pack-quantized`: `weight_packed` int32 [N, ceil(K b / 32)], a bit stream of
 offset-binary codes along the inputs, `weight_shape`, zero points streamed along the outputs, `weight_g_idx`. `nvfp4-pack-quantized`:
 nibbles, e4m3 scales and global scales that divide. `mxfp4-pack-quantized`, `mxfp6-pack-quantized`, `mxfp8-quantized`: MX.
+Exports for Ascend keep `int-quantized` int4 as msModelSlim does, two outputs a byte, with `weight_offset` and `scale_bias`.
 W = (q - z) s. Before version 0.10 widths that do not divide 32 were padded to whole codes per word: told by the shape.
 Source: compressed-tensors, `compressors/` and `quantization/quant_args.py`.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from qfunc._spec import CHANNEL, TENSOR, TOKEN, ActivationSpec, Granularity, WeightSpec, block, group
 
 from . import _common as common
+from . import modelslim
 from ._family import Config, Family, Source
 from ._naming import named
 from ._paths import is_table
@@ -223,6 +225,10 @@ def bytes_layer(config: Config, act: ActivationSpec | None, parts: Parts) -> Lay
     weight = parts.tensors.get("weight")
     if weight is None or len(weight.shape) != 2:
         raise parts.fail("weight", "a matrix", "none" if weight is None else list(weight.shape))
+    scales = parts.tensors.get("weight_scale")
+    if bits == 4 and weight.dtype == "I8" and act is not None and scales is not None and scales.shape == (2 * weight.shape[0], 1):
+        # Exports for Ascend have msModelSlim's tensors: two outputs a byte.
+        return modelslim.four(act)(None, parts)
     return common.byte_layer(parts, grain=granularity(config, parts, weight.shape[1]), activation=act, bits=bits if kind == "int" else 8,
                              symmetric=config.boolean("symmetric", True), rule=_rule(kind), dtypes=("I8",) if kind == "int" else common.FP8,
                              readers=common.inputs(parts, act))

@@ -9,7 +9,7 @@
 | W4A8_DYNAMIC, W4A16 | two outputs per byte, or one code; `weight_scale`, `weight_scale_second` [N, G], `scale_bias` (checked) |
 | WFP8AFP8_DYNAMIC | e4m3 `weight`, `weight_scale` [N, 1] |
 | W8A8_MXFP8, W4A8_MXFP, W4A4_MXFP4 | e4m3 or nibbles, `weight_scale` exponents [N, K / 32] |
-| W4A4_MXFP4_DUALSCALE | the same and `weight_dual_scale` float32 [N, K / 512, 1], which multiplies |
+| W4A4_MXFP4_DUALSCALE | the same (in older exports e4m3 [N, K]) and `weight_dual_scale` float32 [N, K / 512, 1], which multiplies |
 
 `quant_bias` already holds the zero point's share -offset sum_k(w) and the float bias, rounded; the bias is taken from the float tensor, or
 worked back out of `quant_bias` where there is none. Online rotations (`heads_rotation`, `kronecker_rotation_m`, `_n`) stay beside
@@ -23,6 +23,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 
 from qfunc._pack import unpack
@@ -39,6 +40,7 @@ from ._repack import byte_codes, nibble_rows, row_pairs
 
 INT8, INT4 = ActivationSpec("int8", TOKEN), ActivationSpec("int4", TOKEN)
 STATIC = ActivationSpec("int8", TENSOR, mode="static", zero="int")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n", "left_trans", "right_trans")
 
 
@@ -291,13 +293,29 @@ def fp8(config: Settings, parts: Parts) -> Layer:
     return common.finish(parts, scheme, outs, ins, readers, extras=_extras(parts))
 
 
+def _e2m1_of_fp8(parts: Parts, array: np.ndarray) -> np.ndarray:
+    """The codes of e2m1 numbers that stand in e4m3."""
+    values = np.array([sign * value for sign in (1, -1) for value in E2M1], ml_dtypes.float8_e4m3fn).view(np.uint8)
+    codes = np.full(256, 255, np.uint8)
+    codes[values] = np.arange(16)
+    found = codes[array.view(np.uint8)]
+    if (found == 255).any():
+        raise parts.fail("weight", "e4m3 numbers that e2m1 has, too", "others")
+    return found
+
+
 def dual(config: Settings, parts: Parts) -> Layer:
-    weight = parts.take("weight", ("U8", "I8"), ndim=2)
-    outs, ins = weight.shape[0], weight.shape[1] * 2
+    weight = parts.take("weight", ("U8", "I8", "F8_E4M3"), ndim=2)
+    outs, ins = weight.shape[0], weight.shape[1] * (1 if weight.dtype == "F8_E4M3" else 2)
+
+    def codes():
+        if weight.dtype == "F8_E4M3":               # older exports
+            return byte_codes(_e2m1_of_fp8(parts, weight.read()), 4, 0, 0)
+        return nibble_rows(weight.read().view(np.uint8), ins)
     _, exponents = scale_reader(parts, "weight_scale", common.MX, outs, ins, common.E8M0)
     spans = -(-ins // DUAL_SPAN)
     outer = parts.take("weight_dual_scale", "F32", [(outs, spans, 1), (outs, spans)])
-    readers = {"codes": lambda: nibble_rows(weight.read().view(np.uint8), ins), "scale": exponents,
+    readers = {"codes": codes, "scale": exponents,
                "scale2": lambda: value(parts, "weight_dual_scale", outer).reshape(outs, spans), **_smooth(parts, ins)}
     spec = WeightSpec("fp4_e2m1", common.MX, scale_dtype="e8m0", scale2_dtype="float32", scale_rule="mx_dual", rounding="rha")
     scheme = named(spec, common.mx_input("fp4_e2m1", "mx_dual"))

@@ -516,3 +516,37 @@ def test_one_scale_of_the_cache_is_that_of_keys_and_values(tmp_path, name):
     tensors[f"model.layers.0.{name.replace('kv_', 'v_')}"] = np.array(.5, np.float32)
     with pytest.raises(CheckpointError, match="v_scale: expected one leaf"):
         qfunc.load(checkpoint(tmp_path, tensors, {"quant_method": "fp8", "activation_scheme": "dynamic"}))
+
+
+@pytest.mark.parametrize("container", [np.uint8, ml_dtypes.float8_e4m3fn])
+def test_dual_scales_over_nibbles_and_over_bytes(tmp_path, container):
+    rng, ins = generator(), 1024
+    q = rng.integers(0, 16, (8, ins)).astype(np.uint8)
+    weight = q[:, 0::2] | q[:, 1::2] << 4 if container is np.uint8 else E2M1[q].astype(container)
+    e, outer = rng.integers(120, 130, (8, ins // 32)).astype(np.uint8), rng.uniform(.5, 2, (8, 2, 1)).astype(np.float32)
+    tensors = {"weight": weight, "weight_scale": e, "weight_dual_scale": outer}
+    want = E2M1[q] * np.repeat(np.exp2(e.astype(np.float32) - 127), 32, 1) * np.repeat(outer[..., 0], 512, 1)
+    assert np.allclose(dense(slim(tmp_path / "a", tensors, "W4A4_MXFP4_DUALSCALE")).T, want, rtol=1e-6)
+    if container is not np.uint8:
+        tensors["weight"][3, 7] = 5
+        with pytest.raises(CheckpointError, match="weight: expected e4m3 numbers that e2m1 has"):
+            qfunc.load(slim(tmp_path / "b", tensors, "W4A4_MXFP4_DUALSCALE"))
+
+
+@pytest.mark.parametrize("columns", [1, 16])
+def test_compressed_tensors_for_ascend_hold_two_outputs_a_byte(tmp_path, columns):
+    rng = generator()
+    q, s = rng.integers(-8, 8, (N, K)).astype(np.int8), rng.uniform(.01, .02, (N, 1)).astype(np.float32)
+    want = q * s
+    tensors = {"weight": ((q[0::2] & 15) | (q[1::2] << 4)).astype(np.int8), "weight_scale": s, "weight_offset": np.zeros_like(s),
+               "scale_bias": (8 * want.reshape(N, columns, -1).sum(-1)).astype(np.float32)}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"},
+             "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}}
+    config = {**CT, "config_groups": {"group_0": group}}
+    module = "model.layers.0.mlp.experts.0.up_proj"
+    folder = checkpoint(tmp_path, under(tensors, module), config)
+    leaf = qfunc.load(folder).weight(module)
+    assert np.array_equal(dense(folder, module).T, want) and leaf.scheme.name == "w4a8_dynamic"
+    tensors["scale_bias"] = -tensors["scale_bias"]
+    with pytest.raises(CheckpointError, match="scale_bias"):
+        qfunc.load(checkpoint(tmp_path, under(tensors, module), config))
