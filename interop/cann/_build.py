@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,7 +17,9 @@ import numpy as np
 import torch
 from jax.extend.core import Literal
 
-from ._arrays import to_tensor, torch_dtype
+from ._arrays import torch_dtype
+from ._held import HELD
+from ._program import Instruction, Program, device, with_drops
 
 LAX: dict[str, Callable] = {}
 """Primitive name to factory `(eqn, builder) -> function(*operands)`; filled by the `_lax_*` modules."""
@@ -40,122 +41,6 @@ class UnknownPrimitive(NotImplementedError):
         # In a notebook JAX prints equations in colour.
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(eqn))
         super().__init__(f"{why}\n{text}" if why else text)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One step: slots of the operands, the function, slots of the results, and those that nobody reads afterwards."""
-
-    name: str
-    run: Callable
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    avals: tuple[Any, ...]
-    many: bool
-    drop: tuple[int, ...] = ()
-
-
-@dataclass
-class Program:
-    """Instructions with the slots of their constants, arguments and results."""
-
-    instructions: list[Instruction]
-    size: int
-    constants: dict[int, Any]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    held: tuple[bool, ...]
-    tensors: dict[Any, dict[int, torch.Tensor]] = field(default_factory=dict)
-    checked: bool = False
-
-    def __call__(self, args: Sequence, device) -> list:
-        """Run on tensors (and held values); results may be held where `held` says so."""
-        values: list[Any] = [None] * self.size
-        for slot, value in self._constants(device).items():
-            values[slot] = value
-        for slot, value in zip(self.inputs, args, strict=True):
-            values[slot] = value
-        token = _device.set(device)
-        try:
-            for step in self.instructions:
-                out = step.run(*[values[i] for i in step.inputs])
-                if not step.many:
-                    out = (out,)
-                if not self.checked:
-                    _check(step, out)
-                for slot, value in zip(step.outputs, out, strict=True):
-                    values[slot] = value
-                for slot in step.drop:
-                    values[slot] = None
-        finally:
-            _device.reset(token)
-        self.checked = True
-        return [values[slot] for slot in self.outputs]
-
-    def _constants(self, device) -> dict:
-        if not self.constants:
-            return self.constants
-        if _capturing():
-            # A tensor from outside of a capture is foreign to it; one made inside becomes a constant of its graph.
-            return {slot: _fresh(value, device) for slot, value in self.constants.items()}
-        key = str(device)
-        if key not in self.tensors:
-            self.tensors[key] = {slot: to_tensor(value, device) for slot, value in self.constants.items()}
-        return self.tensors[key]
-
-
-class _Device:
-    """Where the program that runs creates tensors from nothing."""
-
-    def __init__(self):
-        import contextvars
-        self._current = contextvars.ContextVar("qfunc_torch_device")
-        self.set, self.reset = self._current.set, self._current.reset
-
-    def __call__(self):
-        return self._current.get()
-
-
-_device = _Device()
-
-
-def device():
-    """The device of the program that runs."""
-    return _device()
-
-
-def _capturing() -> bool:
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-    return _get_current_dispatch_mode() is not None
-
-
-def _fresh(value, device) -> torch.Tensor:
-    array = np.asarray(value) if not isinstance(value, jax.Array) or not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) \
-        else np.asarray(jax.random.key_data(value))
-    dtype = torch_dtype(array.dtype)
-    if array.dtype.kind == "V" or array.dtype.name not in ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32"):
-        signed = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[array.dtype.itemsize]
-        return torch.tensor(array.view(signed), device=device).view(dtype)
-    return torch.tensor(array, dtype=dtype, device=device)
-
-
-def _check(step: Instruction, out) -> None:
-    """The first run of a program holds every rule to the shapes and types that JAX derived."""
-    for value, aval in zip(out, step.avals, strict=True):
-        if hasattr(value, "tensor"):                # held in an operator's own form
-            continue
-        if not isinstance(value, torch.Tensor):
-            raise AssertionError(f"the torch rule of {step.name} gave {type(value).__name__}, expected a tensor")
-        shape, dtype = abstract(aval)
-        if tuple(value.shape) != shape or value.dtype != dtype:
-            raise AssertionError(f"the torch rule of {step.name} gave {value.dtype} {tuple(value.shape)}, JAX has {dtype} {shape}")
-
-
-def abstract(aval) -> tuple[tuple[int, ...], torch.dtype]:
-    """(shape, torch dtype) of an abstract value; a PRNG key is its uint32 words."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return (*aval.shape, 2), torch.uint32
-    return tuple(aval.shape), torch_dtype(aval.dtype)
 
 
 def is_literal(v) -> bool:
@@ -193,7 +78,7 @@ class Builder:
             scope.constants[scope.new(v)] = value
         scope.equations(jaxpr)
         outputs = [scope.slot(v) if keep else scope.plain(v) for v in jaxpr.outvars]
-        steps = _with_drops(scope.steps, {*outputs, *scope.constants})
+        steps = with_drops(scope.steps, {*outputs, *scope.constants})
         return Program(steps, scope.size, scope.constants, tuple(inputs), tuple(outputs), tuple(slot in scope.held for slot in outputs))
 
 
@@ -288,6 +173,10 @@ class _Scope:
         name, rules = eqn.primitive.name, self.builder.rules
         if name in INLINED:
             return self.inline(eqn, *_closed(eqn))
+        if name == "cond" and is_literal(eqn.invars[0]):
+            branches = eqn.params["branches"]
+            taken = branches[min(max(int(number(eqn.invars[0])), 0), len(branches) - 1)]
+            return self.inline(eqn.replace(invars=eqn.invars[1:]), taken.jaxpr, taken.consts)
         if name in rules:
             return self.special(eqn, rules[name])
         if name in self.builder.inlined:
@@ -297,7 +186,10 @@ class _Scope:
             return None
         if name not in LAX:
             raise UnknownPrimitive(eqn)
-        function = LAX[name](eqn, self)
+        try:
+            function = LAX[name](eqn, self)
+        except TypeError as error:                      # a type that torch has not
+            raise UnknownPrimitive(eqn, str(error)) from None
         if getattr(function, "held", False):
             operands = [self.slot(v) for v in eqn.invars]
         else:
@@ -320,21 +212,27 @@ class _Scope:
         actual = [(v, given, None if is_literal(given) else self.slots[given]) for v, given in zip(jaxpr.invars, eqn.invars, strict=True)]
         outer, self.slots = self.slots, {}
         known, self.folded = self.folded, {}
-        for v, value in zip(jaxpr.constvars, consts, strict=True):
-            self.constants[self.new(v)] = value
-        for v, given, slot in actual:
-            if is_literal(given):
-                self.folded[v] = given
-            else:
-                self.slots[v] = slot
-        self.equations(jaxpr, eqn)
-        results = [v if is_literal(v) else self.folded.get(v) or self.slots[v] for v in jaxpr.outvars]
-        self.slots, self.folded = outer, known
+        try:
+            for v, value in zip(jaxpr.constvars, consts, strict=True):
+                self.constants[self.new(v)] = value
+            for v, given, slot in actual:
+                if is_literal(given):
+                    self.folded[v] = given
+                else:
+                    self.slots[v] = slot
+            self.equations(jaxpr, eqn)
+            results = [v if is_literal(v) else self.folded.get(v) or self.slots[v] for v in jaxpr.outvars]
+        finally:
+            # What is unknown inside is one refusal among those that the equations outside may add.
+            self.slots, self.folded = outer, known
         for v, found in zip(eqn.outvars, results, strict=True):
             (self.slots if isinstance(found, int) else self.folded)[v] = found
 
     def fold(self, eqn) -> bool:
-        """A scalar made of literals alone is computed now."""
+        """A scalar made of literals alone is computed now; of branches for platforms, that for all others is taken."""
+        if eqn.primitive.name == "platform_index" and None in eqn.params["platforms"]:
+            self.folded[eqn.outvars[0]] = Literal(np.int32(eqn.params["platforms"].index(None)), eqn.outvars[0].aval)
+            return True
         if not eqn.invars or not all(map(is_literal, eqn.invars)) or len(eqn.outvars) != 1 or eqn.effects:
             return False
         v = eqn.outvars[0]
@@ -356,54 +254,6 @@ class _Scope:
         self.emit(eqn, function, [self.slots[eqn.invars[0]]], held=True)
         return True
 
-
-def _rest(step: Instruction):
-    return step.inputs, step.outputs, step.avals, step.many
-
-
-class Step:
-    """One step along the first axis of a part, which a `squeeze` will drop."""
-
-    def __init__(self, part, index: int):
-        self.part, self.index = part, index
-
-    def tensor(self) -> torch.Tensor:
-        return self.part.tensor()[self.index:self.index + 1]
-
-
-class Taken:
-    """One step along the first axis of a part that is no stack of weights: a row."""
-
-    def __init__(self, step: Step):
-        self.step = step
-
-    def tensor(self) -> torch.Tensor:
-        return self.step.tensor().squeeze(0)
-
-
-def _held_slice(eqn):
-    start, limit, shape = eqn.params["start_indices"], eqn.params["limit_indices"], eqn.invars[0].aval.shape
-    whole = all(a == 0 and b == size for a, b, size in zip(start[1:], limit[1:], shape[1:], strict=True))
-    if not whole or len(shape) < 2 or limit[0] - start[0] != 1:
-        return None
-    return lambda part: Step(part, start[0])
-
-
-def _held_squeeze(eqn):
-    if tuple(eqn.params["dimensions"]) != (0,):
-        return None
-
-    def squeeze(value):
-        if not isinstance(value, Step):
-            return Taken(Step(value, 0))
-        stacked = len(getattr(getattr(value.part, "owner", None), "shape", ())) > 2
-        return value.part[value.index] if stacked else Taken(value)
-    return squeeze
-
-
-HELD: dict[str, Callable] = {"slice": _held_slice, "squeeze": _held_squeeze, "copy": lambda eqn: lambda part: part,
-                             "stop_gradient": lambda eqn: lambda part: part}
-"""Equations after which a held value is still held."""
 
 MOVES = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 FOLDED = ("bool", "int8", "int16", "int32", "uint8", "float32", "float16", "bfloat16")
@@ -430,13 +280,3 @@ def live(jaxpr) -> list:
             needed.update(v for v in eqn.invars if not is_literal(v))
             kept.append(eqn)
     return kept[::-1]
-
-
-def _with_drops(steps: list[Instruction], keep: set[int]) -> list[Instruction]:
-    """The same steps, each letting go of what nobody reads after it."""
-    seen, out = set(keep), []
-    for step in reversed(steps):
-        drop = tuple(slot for slot in {*step.inputs, *step.outputs} if slot not in seen)
-        seen.update(step.inputs)
-        out.append(Instruction(step.name, step.run, *_rest(step), drop))
-    return out[::-1]

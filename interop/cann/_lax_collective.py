@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ._build import UnknownPrimitive, device, rule
+from ._build import UnknownPrimitive, rule
 from ._lax_elementwise import every
+from ._program import device
 
 
 def _collective(eqn, scope, names):

@@ -2,7 +2,8 @@
 
 A scan is its steps one after the other. A branch is chosen without asking the device: both sides are computed and the result is selected,
 unless a side holds a loop that asks (it might not end) or `branches="read"` was asked for. A while loop must know when it ends: each
-step reads one truth value, the only thing that crosses to the host inside a program, and graph capture refuses it.
+step reads one truth value, the only thing that crosses to the host inside a program, and graph capture refuses it. Under `vmap` the loops
+run together until the last one ends; those that have ended keep their state.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from ._arrays import CARRIERS, is_abstract
-from ._build import device, rule
+from ._build import rule
+from ._program import abstract, device
 
 
 @rule("scan")
@@ -39,7 +41,6 @@ def _plain(value):
 
 
 def _stacked(rows, aval):
-    from ._build import abstract
     shape, dtype = abstract(aval)
     if not rows:
         return torch.zeros(shape, dtype=dtype, device=device())
@@ -63,9 +64,11 @@ def _while(eqn, scope):
             if is_abstract(going):
                 raise RuntimeError("a while loop ends by a value that exists only when the program runs: it cannot be captured in a graph "
                                    "or followed with fake tensors; capture what stands inside of it")
-            if not bool(going):
+            if not bool(going.any()):
                 return state
-            state = body([*operands[first:first + second], *state], device())
+            after = body([*operands[first:first + second], *state], device())
+            state = [_where(going.reshape(*going.shape, *[1] * (b.ndim - going.ndim)), a, b) for a, b in zip(after, state, strict=True)] \
+                if going.ndim else after
     run.held = True
     return run
 

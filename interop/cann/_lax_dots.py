@@ -13,7 +13,8 @@ import torch
 
 from ._arrays import torch_dtype
 from ._build import UnknownPrimitive, rule
-from ._lax_elementwise import every
+from ._lax_elementwise import UNSIGNED, cast, every, narrowed, widened
+from ._lax_shapes import padded
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -32,8 +33,10 @@ def _compute(left, right, wanted, rounded, products: str):
     """The type in which a product is computed."""
     if left == right and left in HALF and (wanted == left or rounded == left or products == "operands"):
         return left
+    if wanted == torch.bool:
+        return torch.float32
     if not wanted.is_floating_point:
-        return wanted
+        return torch.int64 if wanted in UNSIGNED else wanted
     return torch.float64 if torch.float64 in (left, right, wanted) else torch.float32
 
 
@@ -54,9 +57,10 @@ class Contraction:
         self.matrices = (*lead, m, k), (*lead, k, n)
 
     def __call__(self, x, y):
-        x = x.permute(self.left).reshape(self.matrices[0]).to(self.compute)
-        y = y.permute(self.right).reshape(self.matrices[1]).to(self.compute)
-        return torch.matmul(x, y).reshape(self.shape).to(self.out)
+        x = widened(x.permute(self.left).reshape(self.matrices[0])).to(self.compute)
+        y = widened(y.permute(self.right).reshape(self.matrices[1])).to(self.compute)
+        out = torch.matmul(x, y).reshape(self.shape)
+        return narrowed(out, self.out) if self.out in UNSIGNED else cast(out, self.compute, self.out)
 
 
 @rule("ragged_dot_general")
@@ -100,26 +104,23 @@ def grouped_operator(x: torch.Tensor, w: torch.Tensor, sizes: torch.Tensor) -> t
     return operator("npu_grouped_matmul")([x], [w], split_item=2, group_type=0, group_list=sizes.to(torch.int64), group_list_type=1)[0]
 
 
-
-
 @rule("conv_general_dilated")
 def _convolution(eqn, scope):
-    """Convolutions of images and videos in any order of axes; those with a dilated input are transposed ones and have no rule."""
+    """Convolutions of images and videos in any order of axes; the input of a transposed one is spread out by zeros first."""
     p, (x, w) = eqn.params, (v.aval for v in eqn.invars)
     space = x.ndim - 2
-    if p["batch_group_count"] != 1 or space not in (1, 2, 3) or any(d != 1 for d in p["lhs_dilation"]) \
-            or any(edge < 0 for edges in p["padding"] for edge in edges):
+    if p["batch_group_count"] != 1 or space not in (1, 2, 3):
         raise UnknownPrimitive(eqn)
     function = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[space]
     numbers, out = p["dimension_numbers"], torch_dtype(eqn.outvars[0].aval.dtype)
-    edges = [edge for pair in reversed(p["padding"]) for edge in pair]
+    edges = [(0, 0, 0)] * 2 + [(low, high, by - 1) for (low, high), by in zip(p["padding"], p["lhs_dilation"], strict=True)]
     back = [0] * x.ndim
     for i, d in enumerate(numbers.out_spec):
         back[d] = i
     compute = _compute(torch_dtype(x.dtype), torch_dtype(w.dtype), out, scope.rounded(eqn.outvars[0]), scope.builder.products)
 
     def run(x, w):
-        x = torch.nn.functional.pad(x.permute(numbers.lhs_spec).to(compute), edges)
+        x = padded(x.permute(numbers.lhs_spec).to(compute), 0, edges)
         y = function(x, w.permute(numbers.rhs_spec).to(compute), stride=tuple(p["window_strides"]), dilation=tuple(p["rhs_dilation"]),
                      groups=p["feature_group_count"])
         return y.permute(back).to(out)

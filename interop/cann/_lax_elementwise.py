@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 
 from ._arrays import CARRIERS, torch_dtype
-from ._build import abstract, device, is_literal, number, rule, tensor_of
+from ._build import UnknownPrimitive, is_literal, number, rule, tensor_of
+from ._program import abstract, device
 
+EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
@@ -41,6 +43,18 @@ def _signed(eqn, function: Callable) -> Callable:
     return run
 
 
+def _eight(eqn, function: Callable) -> Callable:
+    """`function` of 8-bit floats in float32, which rounds once, as XLA does."""
+    _, dtype = abstract(eqn.outvars[0].aval)
+    if not any(torch_dtype(v.aval.dtype) in EIGHT for v in eqn.invars):
+        return function
+
+    def run(*operands):
+        out = function(*(x.to(torch.float32) if isinstance(x, torch.Tensor) and x.dtype in EIGHT else x for x in operands))
+        return cast(out, torch.float32, dtype) if dtype in EIGHT else out
+    return run
+
+
 def _fits(v) -> bool:
     """A literal that a Python number says as well: not one whose bits are a negative number when they are seen as signed."""
     value = number(v)
@@ -48,13 +62,15 @@ def _fits(v) -> bool:
 
 
 def _unary(function: Callable):
-    return lambda eqn, scope: _signed(eqn, every(eqn, function))
+    return lambda eqn, scope: _signed(eqn, every(eqn, _eight(eqn, function)))
 
 
 def _binary(function: Callable, numbers: bool = True, swapped: Callable | None = None):
     """A rule of two operands; `numbers`: a literal in second place may go in as a Python number; `swapped` takes one in first place."""
     def factory(eqn, scope):
         first, second = eqn.invars
+        if any(torch_dtype(v.aval.dtype) in EIGHT for v in eqn.invars):
+            return every(eqn, _eight(eqn, function))
         if numbers and is_literal(second) and not is_literal(first) and not second.aval.shape and _fits(second):
             value = number(second)
             return _signed(eqn, lambda x: function(x, value))
@@ -72,7 +88,7 @@ def _signed_all(eqn, function):
 
 
 def _divide(eqn, scope):
-    if eqn.outvars[0].aval.dtype.kind in "fV" or "float" in eqn.outvars[0].aval.dtype.name:
+    if eqn.outvars[0].aval.dtype.kind in "cfV" or "float" in eqn.outvars[0].aval.dtype.name:
         return _binary(torch.div)(eqn, scope)
     # XLA defines x / 0 = -1 and x % 0 = x where torch stops.
     def divide(x, y):
@@ -139,7 +155,7 @@ def _total(function: Callable):
 
 def _extreme(function: Callable):
     def factory(eqn, scope):
-        return every(eqn, _unsigned64(eqn, function)) if torch_dtype(eqn.outvars[0].aval.dtype) in UNSIGNED else every(eqn, function)
+        return every(eqn, _unsigned64(eqn, _eight(eqn, function)))
     return factory
 
 
@@ -174,7 +190,7 @@ def _logical_right(x, n, bits: int):
 
 
 def _sign(x):
-    return torch.where(torch.isnan(x), x, torch.sign(x)) if x.is_floating_point() else torch.sign(x)
+    return torch.where(torch.isnan(x), x, torch.sign(x)) if x.is_floating_point() else torch.sgn(x)
 
 
 def _round(eqn, scope):
@@ -269,12 +285,23 @@ def _bitcast(eqn, scope):
 
 
 def _precision(eqn, scope):
+    """Fewer bits in the same type, half to even; what a shorter exponent cannot hold is infinite above and zero below, subnormals too."""
     exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    kinds = {(5, 10): torch.float16, (8, 7): torch.bfloat16, (8, 23): torch.float32}
-    if (exponent, mantissa) not in kinds:
-        from ._build import UnknownPrimitive
+    dtype = torch_dtype(eqn.outvars[0].aval.dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 1 <= exponent <= 8:
         raise UnknownPrimitive(eqn)
-    return every(eqn, lambda x: x.to(kinds[exponent, mantissa]).to(x.dtype))
+    drop, bias = max(23 - mantissa, 0), 2 ** (exponent - 1) - 1
+
+    def run(x):
+        wide = x.to(torch.float32)
+        bits = wide.contiguous().view(torch.int32)
+        if drop:
+            bits = (bits + ((1 << (drop - 1)) - 1 + ((bits >> drop) & 1))) & -(1 << drop)
+        if exponent < 8:
+            field, sign = (bits >> 23) & 255, bits & -2**31
+            bits = torch.where(field > 127 + bias, sign | 0x7F800000, torch.where(field <= 127 - bias, sign, bits))
+        return torch.where(torch.isnan(wide), wide, bits.view(torch.float32)).to(x.dtype)
+    return every(eqn, run)
 
 
 def _iota(eqn, scope):
@@ -303,6 +330,15 @@ def _nan_min(x, y):
     return torch.logical_and(x, y) if x.dtype == torch.bool else torch.minimum(x, y)
 
 
+def _leading_zeros(x):
+    """All bits below the highest one are set, by doubling; what is left is zeros in front."""
+    bits = 8 * x.dtype.itemsize
+    wide = x.to(torch.int64) & (2**bits - 1 if bits < 64 else -1)
+    for by in (1, 2, 4, 8, 16, 32):
+        wide = wide | ((wide >> by) & (2 ** (64 - by) - 1))
+    return (bits - _bits(wide)).to(x.dtype)
+
+
 def _bits(x):
     """Ones among the bits of an integer, counted pair by pair."""
     wide = x.to(torch.int64) & ((1 << (8 * x.dtype.itemsize)) - 1 if x.dtype.itemsize < 8 else -1)
@@ -319,14 +355,17 @@ _UNARY = {
     "sin": torch.sin, "cos": torch.cos, "tan": torch.tan, "asin": torch.asin, "acos": torch.acos, "atan": torch.atan,
     "sinh": torch.sinh, "cosh": torch.cosh, "asinh": torch.asinh, "acosh": torch.acosh, "atanh": torch.atanh,
     "erf": torch.erf, "erfc": torch.erfc, "erf_inv": torch.erfinv, "lgamma": torch.lgamma, "digamma": torch.digamma,
-    "is_finite": torch.isfinite, "not": torch.bitwise_not, "population_count": _bits, "copy": lambda x: x, "copy_p": lambda x: x,
-    "stop_gradient": lambda x: x, "name": lambda x: x, "real": torch.real, "imag": torch.imag, "conj": torch.conj,
+    "bessel_i0e": torch.special.i0e, "bessel_i1e": torch.special.i1e,
+    "is_finite": torch.isfinite, "not": torch.bitwise_not, "population_count": _bits, "clz": _leading_zeros,
+    "copy": lambda x: x, "copy_p": lambda x: x,
+    "stop_gradient": lambda x: x, "name": lambda x: x, "real": torch.real, "imag": torch.imag, "conj": torch.conj_physical,
     "sharding_constraint": lambda x: x, "layout_constraint": lambda x: x, "reshard": lambda x: x, "pvary": lambda x: x,
 }
 _BINARY = {
     "add": _binary(torch.add, swapped=torch.add), "add_any": _binary(torch.add), "sub": _binary(torch.sub, swapped=_negative),
     "mul": _binary(torch.mul, swapped=torch.mul), "pow": _binary(_pow), "atan2": _binary(torch.atan2, numbers=False),
-    "nextafter": _binary(torch.nextafter, numbers=False), "max": _extreme(_nan_max), "min": _extreme(_nan_min),
+    "nextafter": _binary(torch.nextafter, numbers=False), "complex": _binary(torch.complex, numbers=False),
+    "max": _extreme(_nan_max), "min": _extreme(_nan_min),
     "and": _binary(torch.bitwise_and, swapped=torch.bitwise_and), "or": _binary(torch.bitwise_or, swapped=torch.bitwise_or),
     "xor": _binary(torch.bitwise_xor, swapped=torch.bitwise_xor), "div": _divide, "rem": _remainder,
     "shift_left": _shift(lambda x, n, bits: x << n, False), "shift_right_logical": _shift(_logical_right, False),
@@ -345,7 +384,7 @@ rule("round")(_round)
 rule("integer_pow")(_power)
 rule("convert_element_type")(_cast)
 rule("select_n")(_select)
-rule("clamp")(lambda eqn, scope: every(eqn, _clamp))
+rule("clamp")(lambda eqn, scope: every(eqn, _unsigned64(eqn, _eight(eqn, _clamp))))
 rule("bitcast_convert_type")(_bitcast)
 rule("reduce_precision")(_precision)
 rule("iota")(_iota)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from jax.lax import GatherScatterMode
 
-from ._arrays import torch_dtype
-from ._build import rule
-from ._lax_elementwise import UNSIGNED, every, widened
+from ._arrays import CARRIERS, torch_dtype
+from ._build import UnknownPrimitive, is_literal, rule
+from ._lax_elementwise import UNSIGNED, cast, every, narrowed, widened
 from ._lax_shapes import carried
 
 
@@ -36,7 +36,7 @@ def _gather(eqn, scope):
             limit = operand.shape[axis] - 1
             valid = (starts >= 0) & (starts <= limit) if drop else None
             picked = torch.index_select(x, axis, starts.clamp(0, limit).reshape(-1))
-            picked = picked.reshape(*x.shape[:axis], *starts.shape, *x.shape[axis + 1:]).permute(order)
+            picked = picked.reshape((*x.shape[:axis], *starts.shape, *x.shape[axis + 1:])).permute(order)
             valid = valid.reshape(geometry.spread(valid.shape)) if drop else None
         else:
             positions, valid = geometry.positions(indices, x.device)
@@ -134,7 +134,7 @@ _REDUCTIONS = {"scatter-add": "sum", "scatter_add": "sum", "scatter-mul": "prod"
 
 @rule(*_REDUCTIONS)
 def _scatter(eqn, scope):
-    """Where indices repeat, `scatter` leaves open which update stays."""
+    """Where indices repeat, `scatter` leaves open which update stays; an update that is a function of what was there has no rule."""
     numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
     operand, _, updates = (v.aval for v in eqn.invars)
     dropped = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
@@ -144,7 +144,9 @@ def _scatter(eqn, scope):
         sizes[d] = updates.shape[place]
     geometry = Geometry(numbers.scatter_dims_to_operand_dims, numbers.operand_batching_dims, numbers.scatter_indices_batching_dims,
                         numbers.update_window_dims, dropped, tuple(sizes), operand.shape, updates.ndim)
-    reduction, total = _REDUCTIONS[eqn.primitive.name], operand.size
+    reduction, total, dtype = _REDUCTIONS[eqn.primitive.name], operand.size, torch_dtype(operand.dtype)
+    if reduction is None and _combines(eqn.params["update_jaxpr"]):
+        raise UnknownPrimitive(eqn, "an update by a function (`.at[].apply`)")
     clip = mode == GatherScatterMode.CLIP
 
     def run(x, indices, updates):
@@ -165,4 +167,19 @@ def _scatter(eqn, scope):
             out = torch.scatter_reduce(base, 0, flat, updates, reduction)
         return out[:-1].reshape(x.shape)
 
-    return every(eqn, carried(eqn, run))
+    if reduction is None:
+        return every(eqn, carried(eqn, run))
+    if dtype in UNSIGNED:
+        return every(eqn, lambda x, indices, updates: narrowed(run(widened(x), indices, widened(updates)), dtype))
+    if dtype in CARRIERS:                       # 8-bit floats
+        return every(eqn, lambda x, indices, updates: cast(run(x.float(), indices, updates.float()), torch.float32, dtype))
+    return every(eqn, run)
+
+
+def _combines(jaxpr) -> bool:
+    """True where a scatter's function of (old, update) is more than the update."""
+    if jaxpr is None:
+        return False
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    (out,) = jaxpr.outvars
+    return is_literal(out) or out is not jaxpr.invars[1]

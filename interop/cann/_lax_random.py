@@ -11,8 +11,9 @@ import math
 import jax
 import torch
 
-from ._build import UnknownPrimitive, device, rule
+from ._build import UnknownPrimitive, rule
 from ._lax_elementwise import every
+from ._program import device
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA

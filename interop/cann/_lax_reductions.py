@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ._arrays import torch_dtype
-from ._build import abstract, rule
-from ._lax_elementwise import UNSIGNED, every, narrowed, widened
+from ._arrays import CARRIERS, torch_dtype
+from ._build import UnknownPrimitive, rule
+from ._lax_elementwise import EIGHT, UNSIGNED, cast, every, narrowed, widened
+from ._lax_shapes import padded
+from ._program import abstract
 
 
 def _reduction(function):
-    """`function(x, axes)`; no axes at all leave x as it is. Unsigned numbers are reduced in 64 bits."""
+    """`function(x, axes)`; no axes at all leave x as it is. Unsigned numbers are reduced in 64 bits, 8-bit floats in 32."""
     def factory(eqn, scope):
         axes = tuple(eqn.params["axes"])
         _, dtype = abstract(eqn.outvars[0].aval)
@@ -18,6 +20,8 @@ def _reduction(function):
             return every(eqn, lambda x: x)
         if dtype in UNSIGNED:
             return every(eqn, lambda x: narrowed(function(widened(x), axes), dtype))
+        if dtype in EIGHT:
+            return every(eqn, lambda x: cast(function(x.to(torch.float32), axes), torch.float32, dtype))
         return every(eqn, lambda x: function(x, axes).to(dtype))
     return factory
 
@@ -67,14 +71,52 @@ def _logical(reduce, bitwise):
     return lambda x, axes: reduce(x, axes) if x.dtype == torch.bool else bitwise(x, axes)
 
 
-for _name, _function in {
-    "reduce_sum": _sum, "reduce_max": _largest, "reduce_min": _smallest,
-    "reduce_prod": _each(lambda x, axis: torch.prod(x, axis, dtype=x.dtype)),
-    "reduce_and": _logical(lambda x, axes: x.all(axes), _bitwise(torch.bitwise_and)),
-    "reduce_or": _logical(lambda x, axes: x.any(axes), _bitwise(torch.bitwise_or)),
-    "reduce_xor": _bitwise(torch.bitwise_xor),
-}.items():
-    rule(_name)(_reduction(_function))
+_MONOIDS = {
+    "sum": ("add", _sum, torch.add), "max": ("max", _largest, torch.maximum), "min": ("min", _smallest, torch.minimum),
+    "prod": ("mul", _each(lambda x, axis: torch.prod(x, axis, dtype=x.dtype)), torch.mul),
+    "and": ("and", _logical(lambda x, axes: x.all(axes), _bitwise(torch.bitwise_and)), torch.bitwise_and),
+    "or": ("or", _logical(lambda x, axes: x.any(axes), _bitwise(torch.bitwise_or)), torch.bitwise_or),
+    "xor": ("xor", _bitwise(torch.bitwise_xor), torch.bitwise_xor),
+}
+for _name, (_, _function, _) in _MONOIDS.items():
+    rule(f"reduce_{_name}")(_reduction(_function))
+
+
+@rule("reduce")
+def _reduce(eqn, scope):
+    """By one operation of two numbers that has a reduction of its own; where the start comes in does not matter to it."""
+    body, dtype = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"]), torch_dtype(eqn.outvars[0].aval.dtype)
+    name = body.eqns[0].primitive.name if len(body.eqns) == 1 and len(eqn.outvars) == 1 else None
+    found = [(function, last) for monoid, function, last in _MONOIDS.values() if monoid == name]
+    if not found or set(body.eqns[0].invars) != set(body.invars) or dtype in CARRIERS:
+        raise UnknownPrimitive(eqn)
+    (function, last), axes = found[0], tuple(eqn.params["dimensions"])
+    return every(eqn, lambda x, start: [last(function(x, axes).to(dtype) if axes else x, start)])
+
+
+_WINDOWS = {"reduce_window_sum": (0, lambda x: x.sum(-1)), "reduce_window_max": (False, lambda x: x.amax(-1)),
+            "reduce_window_min": (True, lambda x: x.amin(-1))}
+
+
+@rule(*_WINDOWS)
+def _window(eqn, scope):
+    """Pooling, one axis after another: windows are views of what is padded by the neutral element."""
+    p, (fill, reduce) = eqn.params, _WINDOWS[eqn.primitive.name]
+    _, dtype = abstract(eqn.outvars[0].aval)
+    if dtype == torch.bool or dtype in UNSIGNED or dtype in EIGHT:
+        raise UnknownPrimitive(eqn)
+    if isinstance(fill, bool):
+        fill = _nothing(torch.empty(0, dtype=dtype), (0,), fill).item()
+    config = [(low, high, by - 1) for (low, high), by in zip(p["padding"], p["base_dilation"], strict=True)]
+    axes = list(enumerate(zip(p["window_dimensions"], p["window_strides"], p["window_dilation"], strict=True)))
+
+    def run(x):
+        x = padded(x, fill, config)
+        for axis, (size, stride, by) in axes:
+            if (size, stride) != (1, 1):
+                x = reduce(x.unfold(axis, (size - 1) * by + 1, stride)[..., ::by]).to(dtype)
+        return x
+    return every(eqn, run)
 
 
 def _index(function):
@@ -86,7 +128,7 @@ def _index(function):
 
 def _ordered(x):
     """Types that torch can compare."""
-    return x.to(torch.uint8) if x.dtype == torch.bool else widened(x)
+    return x.to(torch.uint8) if x.dtype == torch.bool else x.to(torch.float32) if x.dtype in EIGHT else widened(x)
 
 
 rule("argmax")(_index(torch.argmax))
@@ -99,10 +141,11 @@ def _cumulative(function):
         _, dtype = abstract(eqn.outvars[0].aval)
 
         def run(x):
-            x = widened(x)
+            x = _ordered(x) if x.dtype in EIGHT else widened(x)
             x = torch.flip(x, (axis,)) if reverse else x
             x = function(x, axis)
-            return narrowed(torch.flip(x, (axis,)) if reverse else x, dtype)
+            x = torch.flip(x, (axis,)) if reverse else x
+            return cast(x, torch.float32, dtype) if dtype in EIGHT else narrowed(x, dtype)
         return every(eqn, run)
     return factory
 
@@ -136,7 +179,7 @@ def _sort(eqn, scope):
 
 
 def _gathered(x, axis, order):
-    signed = UNSIGNED.get(x.dtype)
+    signed = CARRIERS.get(x.dtype)
     return torch.gather(x, axis, order) if signed is None else torch.gather(x.view(signed), axis, order).view(x.dtype)
 
 
@@ -162,5 +205,3 @@ def _approx_top_k(eqn, scope):
         values, order = torch.sort(x, dim=axis, descending=largest, stable=True)
         return values.narrow(axis, 0, k), order.narrow(axis, 0, k).to(torch.int32)
     return every(eqn, run)
-
-

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from ._arrays import CARRIERS, torch_dtype
-from ._build import abstract, device, is_literal, number, rule
+from ._build import is_literal, number, rule
 from ._lax_elementwise import every
+from ._program import abstract, device
 
 
 def carried(eqn, function: Callable) -> Callable:
@@ -103,22 +104,27 @@ def _split(eqn, scope):
 def _pad(eqn, scope):
     """Edges may be negative (cut off), and there may be gaps inside; a literal edge without gaps is one torch call."""
     config, (operand, fill) = eqn.params["padding_config"], eqn.invars
-    shape, dtype = abstract(eqn.outvars[0].aval)
-    if all(low >= 0 and high >= 0 and not inner for low, high, inner in config) and is_literal(fill) and not is_literal(operand) \
-            and dtype not in CARRIERS:
-        edges = [edge for low, high, _ in reversed(config) for edge in (low, high)]
+    _, dtype = abstract(eqn.outvars[0].aval)
+    if is_literal(fill) and not is_literal(operand) and dtype not in CARRIERS:
         value = number(fill)
-        if not any(edges):
-            return lambda x: x
-        if dtype == torch.bool:
-            return lambda x: torch.nn.functional.pad(x.to(torch.uint8), edges, value=int(value)).to(torch.bool)
-        return lambda x: torch.nn.functional.pad(x, edges, value=value)
+        return lambda x: padded(x, value, config)
+    return every(eqn, carried(eqn, lambda x, fill: padded(x, fill, config)))
 
-    def run(x, fill):
-        for axis, (low, high, inner) in enumerate(config):
-            x = _pad_axis(x, fill, axis, low, high, inner)
-        return x
-    return every(eqn, carried(eqn, run))
+
+def padded(x, fill, config):
+    """lax's pad: (low, high, inner) times `fill`, a number or a tensor without axes, at the ends of each axis and between elements."""
+    if not isinstance(fill, torch.Tensor):
+        if all(low >= 0 and high >= 0 and not inner for low, high, inner in config):
+            edges = [edge for low, high, _ in reversed(config) for edge in (low, high)]
+            if not any(edges):
+                return x
+            if x.dtype == torch.bool:
+                return torch.nn.functional.pad(x.to(torch.uint8), edges, value=int(fill)).to(torch.bool)
+            return torch.nn.functional.pad(x, edges, value=fill)
+        fill = torch.full((), fill, dtype=x.dtype, device=x.device)
+    for axis, (low, high, inner) in enumerate(config):
+        x = _pad_axis(x, fill, axis, low, high, inner)
+    return x
 
 
 def _pad_axis(x, fill, axis: int, low: int, high: int, inner: int):

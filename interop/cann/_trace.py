@@ -23,7 +23,8 @@ from qfunc._qtensor import QTensor
 
 from . import _lax_collective, _lax_control, _lax_dots, _lax_elementwise, _lax_indexing, _lax_random, _lax_reductions, _lax_shapes  # noqa: F401
 from ._arrays import narrowed, numpy_dtype, to_tensor
-from ._build import Builder, Program, UnknownPrimitive
+from ._build import Builder, UnknownPrimitive
+from ._program import Program
 from ._specification import SPECIFICATION
 
 PROGRAMS = 64

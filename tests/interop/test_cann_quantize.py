@@ -113,7 +113,9 @@ def test_several_weights_share_one_quantization(rng, calls, scheme, soc):
     with use("reference"):
         ref = function(weights, x)
     for mine, theirs in zip(out, ref, strict=True):
-        np.testing.assert_allclose(mine.to(torch.float32).numpy(), np.asarray(theirs.astype(jnp.float32)), rtol=2.0**-7)
+        theirs = np.asarray(theirs.astype(jnp.float32))
+        # One step of the last cast; float32 sums of floats in two orders.
+        np.testing.assert_allclose(mine.to(torch.float32).numpy(), theirs, rtol=2.0**-7, atol=1e-5 * np.abs(theirs).max())
     assert [name for name, *_ in calls].count("npu_quant_matmul") == 3
     assert sum(name in ("npu_dynamic_quant", "npu_dynamic_mx_quant") for name, *_ in calls) == 1
 
