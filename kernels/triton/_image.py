@@ -219,4 +219,7 @@ def _compile(program: Program, target: str) -> Image:
     if getattr(built.metadata, "global_scratch_size", 0):
         raise KernelError(f"{program.name} needs global scratch memory (descriptors made on the device), which the custom call cannot give")
     code = built.asm["hsaco"] if amd else built.asm["ptx"].encode()
+    if not amd and b"st.global" not in code:
+        # Seen of Triton 3.6 on sm_100: what it cannot compile becomes a kernel that returns at once, and the result is whatever was there.
+        raise KernelError(f"{program.name} for {target} came out of the compiler without a store to memory; {program}")
     return Image(built.metadata.name, built.metadata.shared, program.warps, target, triton.__version__, bytes(code))

@@ -31,6 +31,8 @@ GROUPED = Kernel("grouped", "qfunc.kernels.triton._grouped", "grouped",
 FLOATS = ("bfloat16", "float16", "float32")
 NATIVE = {"fp8_e4m3": ("e4m3", "*fp8e4nv"), "fp8_e5m2": ("e5m2", "*fp8e5")}
 """fp8 codes that both operands share are multiplied as they are where the target can."""
+TABLE_CODES = ("nf4", "fp4_bnb")
+"""Codes whose numbers are looked up."""
 INTEGER_RUN, NATIVE_RUN, FLOAT_RUN = 32, 32, 16
 """The shortest product of tiles that the tensor cores take, by operand type."""
 SCALES = {"float32": "float", "float16": "float", "bfloat16": "float", "float8_e4m3fn": "e4m3", "e8m0": "e8m0", "nested": "nested"}
@@ -201,7 +203,9 @@ def largest_tile(call: Call, target: Target, swapped: bool = True) -> tuple[int,
     hopper, later = target.arch == 90, target.backend == "cuda" and target.arch > 90
     tight = not hopper and fresh and (decoded or target.backend == "hip") or later and scaled
     whole_step = tight and swapped and decoded and target.backend == "cuda" and code(call.packed.scheme.weight.code).bits == 8
-    largest = 64 * 64 if whole_step else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
+    # Of products of 16 contracted elements in larger tiles, Triton 3.6 makes an empty kernel on sm_100.
+    short = later and min(weight_group(call), activation_group(call)) < 32
+    largest = 64 * 64 if whole_step or short else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded else 64 * 128
 
@@ -214,6 +218,8 @@ def adapt(call: Call, target: Target, config: Config) -> Config:
     split = -(-steps // -(-steps // split))                     # no program without a step of its own
     stages = min(config.num_stages, 2) if target.backend == "hip" else config.num_stages
     (largest, light), m, n = largest_tile(call, target, config.swapped), max(config.block_m, 16), max(config.block_n, 16)
+    if target.shared_memory <= 1 << 16 and call.packed.scheme.weight.code in TABLE_CODES:
+        n = min(n, 64)                                          # numbers out of a table lie in shared memory before they are multiplied
     while m * n > largest:
         m, n = (m // 2, n) if m > n else (m, n // 2)
     warps = max(config.num_warps, 8 if m * n > light else 1)
@@ -255,7 +261,7 @@ def describe(call: Call, target: Target, config: Config) -> Launch:
     for name in ("codes", "scale", "scale2", "scale_offset", "zero"):
         if (leaf := getattr(w, name)) is not None:
             arrays[name] = struct((matrices, *leaf.shape[-2:]) if name != "scale_offset" else (matrices,), leaf.dtype)
-    if element.name in ("nf4", "fp4_bnb"):
+    if element.name in TABLE_CODES:
         arrays["table"] = struct((16,), np.float32)
     if kind == "nested":
         arrays["levels"] = struct((256,), np.float32)
@@ -320,7 +326,7 @@ def by_ptx(w, dot: str, target: Target, swapped: bool) -> int:
     bits, half = code(w.code).bits, dot in ("bf16", "f16")
     if target.backend != "cuda" or bits not in (4, 8):
         return 0
-    if target.arch == 90 and swapped and half and w.code not in ("nf4", "fp4_bnb"):
+    if target.arch == 90 and swapped and half and w.code not in TABLE_CODES:
         plain = bits == 4 or w.code == "int8" and w.zero != "int" or (w.code, dot) == ("fp8_e4m3", "bf16")
         return 2 if plain else 0
     return 4 if bits == 4 and (half or dot == "s8") or (w.code, dot) == ("fp8_e4m3", "bf16") else 0

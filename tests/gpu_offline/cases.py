@@ -1,5 +1,6 @@
 """The cases of the interpreter, as data: schemes by shapes, types, targets and options, pairwise through tables of coprime lengths."""
 
+import itertools
 from dataclasses import dataclass, field
 
 from qfunc._codes import code
@@ -121,6 +122,12 @@ def _rows():
     for outer in ("tensor", "token"):
         yield Case("rows", "fp4_e2m1", 5, 96, granularity="group:16", fields=(("outer", outer), ("scale_dtype", "fp8_e4m3")),
                    config=dict(block_k=64, block_m=2), label=f"nvfp4-{outer}")
+    inverses = ({"scale_rule": "amax_half_inverse"}, {"scale_rule": "minmax_inverse", "zero": "int"})
+    for turn, (rule, granularity) in enumerate(itertools.product(inverses, ("token", "tensor", "group:32"))):
+        if granularity != "group:32" or "zero" not in rule:
+            yield Case("rows", "int8", 5, 200, dtype=DTYPES[turn % 3], target=TARGETS[turn % 4], granularity=granularity,
+                       fields=tuple(sorted(rule.items())), config=dict(block_k=(64, 4096)[turn % 2]),
+                       label=f"int8-{rule['scale_rule']}-{granularity.replace(':', '')}")
 
 
 def _fronts():

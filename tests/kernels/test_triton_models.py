@@ -155,3 +155,22 @@ def test_a_step_with_a_cache_exports(family, hopper):
     text = made.mlir_module()
     assert "qfunc_dense" in text and ("qfunc_grouped" in text) == (family == "qwen3_moe")
     assert transformers and jax.export.deserialize(made.serialize()).platforms == ("cuda",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w4a16_g128", "w8a8_dynamic", "fp8_block", "mxfp4"])
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_exports(family, scheme, hopper):
+    """What is exported holds one kernel for each packed matrix, those of its activations, and no operation that fell to XLA."""
+    forward, params = build(family)
+    params = packed(params, scheme)
+    matrices = [leaf for leaf in jax.tree.leaves(params, is_leaf=lambda q: isinstance(q, qfunc.QTensor)) if isinstance(leaf, qfunc.QTensor)]
+    experts = sum(len(q.matrix_shape) == 3 for q in matrices)
+    made = jax.export.export(jax.jit(forward), platforms=("cuda",), disabled_checks=qfunc.kernels.export_checks())(params, IDS)
+    assert jax.export.deserialize(made.serialize()).platforms == ("cuda",)
+    found = lowered.reached(made.mlir_module())
+    operations, kernels = lowered.operations(found), lowered.kernels(found)
+    assert all(name == "triton" for _, name in operations), operations
+    assert operations["quantized_grouped_matmul", "triton"] == kernels["grouped"] == experts
+    assert operations["quantized_matmul", "triton"] == kernels["dense"] == len(matrices) - experts - UNUSED.get(family, 0)
+    assert (kernels["quantize_rows"] > 0) == (qfunc.scheme(scheme).activation is not None)
