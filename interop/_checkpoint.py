@@ -181,7 +181,7 @@ def open_source(path: Path) -> tuple[Family | None, Source]:
         files, config = files.under(_wan.rename(files, folder)), _wan.config(config)
         if family is not None and family.name == "modelslim":
             quant = Config({_wan.described(key): value for key, value in quant.data.items()}, quant.where)
-    return family, Source(folder, config, quant, files, aliases=aliases)
+    return family, Source(folder, config, quant, files, list(files.notes), aliases)
 
 
 def logical_dtype(config: dict, plan: Plan) -> str:

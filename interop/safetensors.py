@@ -125,11 +125,12 @@ class File(MappedFile):
 
 
 class Files(Mapping):
-    """The tensors of several files as one mapping from name to `Tensor`."""
+    """The tensors of several files as one mapping from name to `Tensor`; `notes`, what is odd about them."""
 
     def __init__(self, files: list[File], folder: Path | None = None):
         self.files = files
         self.folder = folder or files[0].path.parent
+        self.notes: list[str] = []
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             for name, tensor in file.tensors.items():
@@ -218,4 +219,8 @@ def _indexed(folder: Path, index: Path) -> Files:
         if missing:
             raise refuse(index, f"tensor {missing[0]!r}", f"the tensor in {name}", "none of that name there")
         files.append(file)
-    return Files(files, folder)
+    found = Files(files, folder)
+    more = [name for name in found if name not in where]
+    if more:
+        found.notes.append(f"{len(more)} tensors of the shards are not in {index.name}, such as {more[0]!r}; they are read all the same")
+    return found

@@ -403,7 +403,7 @@ def test_awq_without_its_zero_points_or_words_is_refused(tmp_path, version):
         qfunc.load(checkpoint(tmp_path, under({"qweight": np.zeros((4, 128), np.int16)}), {**AWQ, "version": version}))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b in (3, 6) else pytest.mark.slow) for b in range(2, 9)])
 @pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:auto_gptq"])
 def test_auto_rounds_zero_points_and_widths(tmp_path, bits, packing):
     """auto-round's backends list which packing they read: those of `GPTQ_FORMAT_NO_ZP` take zero points as they are stored."""

@@ -108,6 +108,15 @@ def test_an_index_names_only_what_is_there(tmp_path, weight_map, message):
         open_folder(tmp_path)
 
 
+def test_tensors_that_the_index_forgets_are_a_note(tmp_path):
+    import qfunc
+    shard(tmp_path, "a.safetensors", {"x": np.ones(2, np.float32), "y": np.ones(2, np.float32)})
+    index(tmp_path, {"x": "a.safetensors"})
+    loaded = qfunc.load(tmp_path)
+    assert set(loaded.params) == {"x", "y"} and loaded.notes == qfunc.interop.inspect(tmp_path).notes
+    assert "1 tensors of the shards are not in model.safetensors.index.json, such as 'y'" in loaded.notes[0]
+
+
 def test_one_name_in_two_files_is_refused(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         shard(tmp_path, name, {"x": np.ones(2, np.float32)})
