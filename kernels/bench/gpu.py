@@ -139,6 +139,7 @@ def measure_own(cell: Cell, call, clock, rng, repeats: int, dry: bool) -> list[C
                 kernel.note = "WROTE BEYOND ITS OUTPUT"
             elif kernel.error <= TOLERANCE:
                 kernel.us = clock.torch([m[0] for m in made], repeats) * 1e6
+                kernel.note = clock.note
             else:
                 kernel.note = "WRONG"
         except Exception as error:
@@ -190,7 +191,7 @@ def measure_peer(cell: Cell, peer, clock, problem, repeats: int) -> Cell:
             seconds = clock.jax(lambda: run(sets), len(sets), repeats)
         else:
             seconds = clock.torch(peer.make(problem), repeats)
-        return dataclasses.replace(cell, us=seconds * 1e6)
+        return dataclasses.replace(cell, us=seconds * 1e6, note="" if peer.jax else clock.note)
     except Exception as error:                                # an operator that is absent or refuses the shape is reported, not hidden
         return dataclasses.replace(cell, note=_short(error))
 
@@ -232,7 +233,7 @@ def markdown(cells: list[Cell], head: dict) -> str:
             row = {c.tokens: c for c in own if (c.scheme or "", c.name) == label}
             lines.append(f"| {' '.join(label).strip()} | " + " | ".join(_entry(row.get(t), base.get(t)) for t in tokens) + " |")
         for c in own:
-            if c.note and c.us is None:
+            if c.note:
                 lines.append(f"\n{c.scheme or ''} {c.name}, M = {c.tokens}: {c.note}".replace("|", "/"))
         lines.append("")
     return "\n".join(lines) + "\n"
@@ -249,7 +250,7 @@ def _entry(cell: Cell | None, base: float | None) -> str:
 def main(arguments=None) -> int:
     """The command line; returns the exit status: 1 where a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", default=",".join(USUAL))
+    parser.add_argument("--shapes")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--budget", type=float, default=450.0)
@@ -262,7 +263,8 @@ def main(arguments=None) -> int:
     if target is None:
         print("no GPU is here; --dry-run goes through all steps without one", file=sys.stderr)
         return 1
-    shapes = DRY_SHAPES if dry else {name: SHAPES.get(name, name) for name in given.shapes.split(",")}
+    names = given.shapes.split(",") if given.shapes else [] if dry else USUAL
+    shapes = {name: SHAPES.get(name, name) for name in names} or DRY_SHAPES
     tokens = [int(t) for t in given.tokens.split(",")]
     clock, where = (gpu_timing.Dry(), "cpu") if dry else (gpu_timing.Events(), "cuda")
     plan = [(name, shape, count) for name, shape in shapes.items() for count in (tokens[:2] if dry else tokens)]
@@ -273,7 +275,17 @@ def main(arguments=None) -> int:
     def schemes_of(shape):
         return [s for s in given.schemes.split(",") if shape.count("x") == 1 or s in EXPERT_SCHEMES]
 
-    faults = [] if dry else precompile([call_of(s, shape, count) for _, shape, count in plan for s in schemes_of(shape)])
+    def calls_of(shape, count):
+        """(scheme, call or None, why there is none) of the schemes of a shape."""
+        for scheme in schemes_of(shape):
+            try:
+                call = call_of(scheme, shape, count)
+            except ValueError as error:                         # groups that do not divide the contracted size
+                yield scheme, None, _short(error)
+                continue
+            yield scheme, call, _launch.refusal(call, _launch.Target.parse(target))
+
+    faults = [] if dry else precompile([call for _, shape, count in plan for _, call, why in calls_of(shape, count) if why is None])
     cells: list[Cell] = []
     for name, shape, count in plan:
         *experts, n, k = (int(part) for part in shape.split("x"))
@@ -287,9 +299,8 @@ def main(arguments=None) -> int:
         for label, peer in gpu_peers.PEERS.items():
             if peer.grouped == bool(many) and (not peer.kind or set(peer.kind) & set(given.schemes.split(","))):
                 cells.append(measure_peer(dataclasses.replace(empty, name=label), peer, clock, problem, given.repeats))
-        for scheme in schemes_of(shape):
-            call = call_of(scheme, shape, count)
-            if (reason := _launch.refusal(call, _launch.Target.parse(target))) is not None:
+        for scheme, call, reason in calls_of(shape, count):
+            if reason is not None:
                 cells.append(dataclasses.replace(empty, scheme=scheme, name="kernel", note=reason))
                 continue
             cells += measure_own(dataclasses.replace(empty, scheme=scheme), call, clock, rng, given.repeats, dry)

@@ -16,9 +16,11 @@ def copies(weight_bytes: int) -> int:
 
 
 class Events:
-    """CUDA events. `launches` are functions without arguments, one for each copy of the operands."""
+    """CUDA events. `launches` are functions without arguments, one for each copy of the operands. `note` says of the last time how it was
+    taken, where that was not from a graph."""
 
     name = "CUDA events"
+    note = ""
 
     def torch(self, launches: Sequence[Callable], repeats: int) -> float:
         """Median seconds of one launch, from graphs of one launch for each copy; without a graph where capture is refused."""
@@ -26,14 +28,15 @@ class Events:
         for launch in launches:
             launch()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph, self.note = torch.cuda.CUDAGraph(), ""
         try:
             with torch.cuda.graph(graph):
                 for launch in launches:
                     launch()
             play = graph.replay
-        except RuntimeError:
+        except RuntimeError as error:
             torch.cuda.synchronize()
+            self.note = f"without a graph, launches included: {(str(error).splitlines() or [''])[0][:120]}"
 
             def play():
                 for launch in launches:
@@ -68,7 +71,7 @@ class Events:
 class Dry:
     """Runs everything once and returns the wall time: the numbers mean nothing, the steps are the same."""
 
-    name = "dry run"
+    name, note = "dry run", ""
 
     def torch(self, launches: Sequence[Callable], repeats: int) -> float:
         """See `Events.torch`."""
