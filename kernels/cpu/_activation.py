@@ -14,8 +14,9 @@ from qfunc._codes import code
 from qfunc._qtensor import QTensor
 from qfunc._spec import ActivationSpec
 
-NONE, CODES, TOKEN, GROUP, GIVEN, FLOAT = range(6)
-"""Where codes and scales of an activation come from; NONE is a product in floating point, FLOAT one of the values of small floats."""
+NONE, CODES, TOKEN, GROUP, GIVEN, FLOAT, FLOAT_CODES = range(7)
+"""Where codes and scales of an activation come from. NONE is a product in floating point, FLOAT one of the values of small floats,
+FLOAT_CODES the same of codes that come with the call."""
 
 AMAX, POWER, TWO_LEVEL, KNOWN = range(4)
 """Rules of the scales of small floats, as the handlers number them; KNOWN scales come with the call."""
@@ -92,7 +93,9 @@ def mode(spec: ActivationSpec | None, w: QTensor, quantized: bool) -> int:
     """How the handler quantizes x."""
     if not is_integer(spec, w):
         ordered = w.perm is None or spec is None or spec.granularity.kind != "group"
-        return FLOAT if not quantized and ordered and float_attributes(spec) is not None else NONE
+        if not ordered or float_attributes(spec) is None:
+            return NONE
+        return FLOAT_CODES if quantized else FLOAT
     if quantized or not _plain(spec):
         return CODES
     kind = spec.granularity.kind

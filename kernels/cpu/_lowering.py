@@ -17,6 +17,7 @@ from .._dispatch import Call
 from . import _library
 from ._activation import (
     FLOAT,
+    FLOAT_CODES,
     GIVEN,
     GROUP,
     NO_FLOAT,
@@ -181,7 +182,7 @@ def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out, togeth
     leading = 1 if sizes is not None else count
     x = part.x.reshape(leading, -1, columns)
     operands, attributes = weight_operands(w)
-    limit = None if how in (NONE, FLOAT) else _reference._exact_terms(spec, w.scheme.weight)
+    limit = None if how in (NONE, FLOAT, FLOAT_CODES) else _reference._exact_terms(spec, w.scheme.weight)
     empty = jnp.zeros(0, jnp.float32)
     bias = empty if bias is None else bias.reshape(count, rows)
     y = jax.ffi.ffi_call("qfunc_matmul", jax.ShapeDtypeStruct((leading, x.shape[1], rows), out))(
@@ -193,7 +194,7 @@ def _product(call: Call, part: Side, w, sizes, bias, spec, how: int, out, togeth
 
 def _activation_attributes(spec, how: int, columns: int, bounds: tuple, limit: int | None, together: int = 0,
                            threshold: float | None = None) -> dict:
-    formats = float_attributes(spec) if how == FLOAT else NO_FLOAT
+    formats = float_attributes(spec) if how in (FLOAT, FLOAT_CODES) else NO_FLOAT
     return dict(mode=np.int32(how), x_group=np.int64(group_of(spec, columns)), clip=np.float32(spec.clip if spec is not None else 1),
                 lowest=np.float32(bounds[0]), highest=np.float32(bounds[1]), limit=np.int64(limit or ANY), together=np.int64(together),
                 threshold=np.float32(threshold or 0), **formats)
@@ -208,13 +209,14 @@ def quantize_activation(call: Call, x, *extra):
     how = FLOAT if not element.integer else GIVEN if per_tensor else GROUP if spec.granularity.kind == "group" else TOKEN
     empty = jnp.zeros(0, jnp.float32)
     calibrated = (*extra, None, None)[:2]
-    scale, zero = given(x.astype(jnp.float32), spec, *calibrated, call.scope)
+    together = int(np.prod(x.shape[call.scope:-1])) if not per_tensor and shared(spec, how, calibrated[0] is not None) else 0
+    scale, zero = (None, None) if together else given(x.astype(jnp.float32), spec, *calibrated, call.scope)
     stored = jnp.int8 if element.integer else element.dtype
     results = jax.ShapeDtypeStruct((rows, columns), stored), jax.ShapeDtypeStruct((rows, steps), jnp.float32)
     bounds = (lowest(spec) if element.integer else -element.highest, element.highest)
     codes, found = jax.ffi.ffi_call("qfunc_quantize", results)(
         x.reshape(rows, columns), empty if scale is None else scale, empty if zero is None else zero,
-        **_activation_attributes(spec, how, columns, bounds, None))
+        **_activation_attributes(spec, how, columns, bounds, None, together))
     codes = codes.reshape(x.shape)
     if per_tensor:
         parts = _scale_zero(x.astype(jnp.float32), spec, element, *calibrated, call.scope)

@@ -31,6 +31,8 @@ class NextBlock {
       : from_(w.codes + (n + rows) * w.row_bytes), bytes_(n + rows < end ? (end - n - rows < rows ? end - n - rows : rows) * w.row_bytes : 0) {}
   // Whether a whole block fits into the second-level cache besides x and the tile.
   static bool fits(const Weight& w, int64_t rows) { return rows * w.row_bytes <= (int64_t{320} << 10); }
+  // The first block has none before it during which it could be asked for: the beginning of it, at once.
+  static void start(const Weight& w, int64_t n, int64_t rows, int64_t end) { NextBlock(w, n - rows, rows, end).ask(0, int64_t{16} << 10); }
   // Bytes [at, at + count) of the block.
   inline void ask(int64_t at, int64_t count) const {
     const int64_t end = at + count < bytes_ ? at + count : bytes_;

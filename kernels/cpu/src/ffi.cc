@@ -65,7 +65,7 @@ struct ActivationAttributes {
 // x [rows, k] with what is known of its scales beforehand.
 Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffer& zero, int64_t rows, int64_t k, const ActivationAttributes& at,
                       Activation& a) {
-  if (at.mode < 0 || at.mode > static_cast<int32_t>(Quantize::Float) || at.group < 1 || at.limit < kBlock) return refuse("unknown activation");
+  if (at.mode < 0 || at.mode > static_cast<int32_t>(Quantize::FloatCodes) || at.group < 1 || at.limit < kBlock) return refuse("unknown activation");
   a.x = x.untyped_data();
   a.type = number_of(x.element_type());
   a.mode = static_cast<Quantize>(at.mode);
@@ -74,9 +74,9 @@ Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffe
   a.lowest = at.lowest;
   a.highest = at.highest;
   a.limit = at.limit;
-  const bool codes = a.mode == Quantize::Codes;
-  if (codes ? x.element_type() != DataType::S8 : !is_float(a.type)) return refuse("x has an unexpected type");
-  if (a.mode == Quantize::Float) {
+  const bool small = a.mode == Quantize::FloatCodes, codes = a.mode == Quantize::Codes || small;
+  if (small ? width_of(x.element_type()) != 1 : codes ? x.element_type() != DataType::S8 : !is_float(a.type)) return refuse("x has an unexpected type");
+  if (a.mode == Quantize::Float || small) {
     const bool known = at.rule >= 0 && at.rule <= static_cast<int32_t>(Rule::Given) && at.mantissa >= 1 && at.mantissa <= 3 && at.sign >= 3 && at.sign <= 7 &&
                        at.exponent >= -14 && at.exponent <= 0;
     if (!known) return refuse("unknown activation format");
@@ -258,12 +258,13 @@ Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, Any
   Activation a{};
   error = read_activation(x, x_scale, x_zero, rows, k, {mode, x_group, clip, lowest, highest, limit, rule, mantissa, exponent, sign, bump, emax, divisor, threshold, together}, a);
   if (error.failure()) return error;
-  if (a.mode == Quantize::None || a.mode == Quantize::Codes || a.shared || a.threshold > 0) return refuse("there is nothing to quantize");
+  if (a.mode == Quantize::None || a.mode == Quantize::Codes || a.mode == Quantize::FloatCodes || a.threshold > 0)
+    return refuse("there is nothing to quantize");
   const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
   if (a.mode == Quantize::Given && steps != 1) return refuse("x_scale does not match x");
   if (codes->element_count() != x.element_count() || width_of(codes->element_type()) != 1 || static_cast<int64_t>(scale->element_count()) != rows * steps)
     return refuse("codes and scale do not match x");
-  quantize(*kernels, pool_of(threads), a, rows, k, codes->untyped_data(), scale->typed_data());
+  quantize(*kernels, pool_of(threads), a, rows, k, together, codes->untyped_data(), scale->typed_data());
   return Error::Success();
 }
 

@@ -123,6 +123,7 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
   float* sums = thread_scratch<2>().get<float>(static_cast<size_t>(block * stride));
   float* scales = thread_scratch<0>().get<float>(static_cast<size_t>(block * 2 * own));
   const bool fits = NextBlock::fits(w, block);
+  NextBlock::start(w, n0, block, n1);
   for (int64_t n = n0; n < n1; n += block) {
     const int64_t count = n1 - n < block ? n1 - n : block;
     const NextBlock next(w, n, block, n1);

@@ -123,6 +123,7 @@ void int_tile_bits(const Product& p, int64_t n0, int64_t n1) {
   const float* scale[kBlockRows];
   const int32_t *zero[kBlockRows], *codesum[kBlockRows];
   const bool fits = NextBlock::fits(w, block);
+  NextBlock::start(w, n0, block, n1);
   for (int64_t n = n0; n < n1; n += block) {
     const int64_t count = n1 - n < block ? n1 - n : block, micro = round_up(count, kMicro);
     const NextBlock next_block(w, n, block, n1);

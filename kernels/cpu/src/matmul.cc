@@ -2,6 +2,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -26,6 +27,21 @@ struct Plan {
   const std::vector<int32_t>* columns;
   Weight w;
 };
+
+int64_t cost(const Activation& a) { return a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : 2; }  // of an element, about
+
+// The number that each byte stands for; e4m3 has no infinities, the narrower formats have no NaN either.
+std::vector<float> values_of(const FloatFormat& f) {
+  std::vector<float> values(256);
+  for (int c = 0; c < 256; ++c) {
+    const int magnitude = c & ((1 << f.sign) - 1), field = magnitude >> f.mantissa, rest = magnitude & ((1 << f.mantissa) - 1);
+    float value = std::ldexp(static_cast<float>(field ? (1 << f.mantissa) + rest : rest), f.exponent - f.mantissa + (field ? field - 1 : 0));
+    if (f.sign == 7 && f.mantissa == 3 && magnitude == 0x7f) value = NAN;
+    if (f.sign == 7 && f.mantissa == 2 && field == 31) value = rest ? NAN : INFINITY;
+    values[static_cast<size_t>(c)] = c >> f.sign & 1 ? -value : value;
+  }
+  return values;
+}
 
 // Before any row is quantized: the scale that the rows of a slice share, and the columns that are too large for integers.
 struct Common {
@@ -114,6 +130,7 @@ struct Job {
   const Activation& a;
   int64_t k, kp, segment, segments, x_steps;
   char* memory;
+  std::vector<float> values;  // of the bytes of FloatCodes
 
   template <class T>
   T* at(int64_t offset) const { return reinterpret_cast<T*>(memory + offset); }
@@ -159,7 +176,15 @@ struct Job {
 
   void float_row(int64_t row, const uint8_t* order, float* wide, float* out) const {
     float* to = order ? wide : out;
-    kernels.to_f32(a.x, a.type, row * k, k, to);
+    if (a.mode == Quantize::FloatCodes) {
+      const auto* codes = static_cast<const uint8_t*>(a.x) + row * k;
+      const float* s = a.scale + row * a.scale_step;
+      const int64_t group = std::min(a.group, k);
+      for (int64_t start = 0; start < k; start += group, ++s)
+        for (int64_t i = start; i < std::min(k, start + group); ++i) to[i] = values[codes[i]] * *s;
+    } else {
+      kernels.to_f32(a.x, a.type, row * k, k, to);
+    }
     if (a.mode == Quantize::Float)
       kernels.quantize_floats(to, k, std::min(a.group, k), a.format, a.clip, a.scale ? a.scale + row : nullptr, nullptr, nullptr, to);
     std::fill(to + k, to + kp, 0.0f);
@@ -259,7 +284,8 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   Common common;
   if (a.shared || a.threshold > 0) common = find_common(kernels, pool, a, slices, shape.k);
   if (a.shared) a.scale = common.scale.data();
-  Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, integer && a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr};
+  Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, integer && a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr,
+          a.mode == Quantize::FloatCodes ? values_of(a.format) : std::vector<float>()};
 
   Layout layout;
   std::vector<Plan> plans;
@@ -290,8 +316,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   }
   if (plans.empty() || shape.n == 0) return;
   const Pool serial;
-  const int64_t cost = a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : 2;  // of an element, about
-  const Pool& packers = rows * shape.k * cost < kSerialElements ? serial : pool;
+  const Pool& packers = rows * shape.k * cost(a) < kSerialElements ? serial : pool;
   // With fewer panels than threads, rows are quantized apart and laid out after that.
   const bool apart = panels < packers.threads && rows > panels;
   if (apart)
@@ -358,8 +383,17 @@ void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32
   });
 }
 
-void quantize(const Kernels& kernels, const Pool& pool, const Activation& a, int64_t rows, int64_t k, void* codes, float* scale) {
-  const int64_t group = std::min(a.group, k), steps = (k + group - 1) / group, chunk = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(k, 1));
+void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, int64_t together, void* codes,
+              float* scale) {
+  Activation a = activation;
+  Common common;
+  if (a.shared) {
+    std::vector<Slice> slices;
+    for (int64_t row = 0; row < rows; row += together) slices.push_back({row, together, 0});
+    common = find_common(kernels, pool, a, slices, k);
+    a.scale = common.scale.data();
+  }
+  const int64_t group = std::min(a.group, k), steps = (k + group - 1) / group, chunk = std::max<int64_t>(1, kSerialElements / (cost(a) * std::max<int64_t>(k, 1)));
   parallel_for(pool, (rows + chunk - 1) / chunk, [&](int64_t t) {
     thread_local Scratch wide;
     for (int64_t i = t * chunk; i < std::min(rows, (t + 1) * chunk); ++i) {

@@ -20,10 +20,10 @@ struct Matrices {
 };
 
 struct Activation {
-  const void* x;  // [rows, k], of `type`; int8 codes where mode is Codes
+  const void* x;  // [rows, k], of `type`; int8 codes where mode is Codes, bytes where it is FloatCodes
   Number type;
   Quantize mode;
-  const float* scale;   // [rows, scale_step] for Codes, [rows] for Given; [rows] or null for Float: what Rule::Given or TwoLevel start from
+  const float* scale;   // [rows, scale_step] for Codes and FloatCodes, [rows] for Given; [rows] or null for Float: what Rule::Given or TwoLevel start from
   const int32_t* zero;  // [rows] or null
   int64_t scale_step;
   int64_t group;        // codes under one activation scale
@@ -32,7 +32,7 @@ struct Activation {
   float threshold;      // columns of a slice in which |x| reaches it are multiplied in floating point; 0: none are
   bool shared;          // one scale for all rows of a slice is found first, as if it had come in `scale`
   int64_t limit;        // products of codes that an int32 sum can hold
-  bool integer() const { return mode != Quantize::None && mode != Quantize::Float; }
+  bool integer() const { return mode != Quantize::None && mode != Quantize::Float && mode != Quantize::FloatCodes; }
 };
 
 // Rows [row, row + rows) of x meet matrix `matrix`.
@@ -46,7 +46,8 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
 // Rows `ids` of a matrix as float32 [ids, k]; every id is in [0, n).
 void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32_t* ids, int64_t count, float* out);
 
-// codes (a byte each) [rows, k] and scale [rows, ceil(k / group)] of x.
-void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, void* codes, float* scale);
+// codes (a byte each) [rows, k] and scale [rows, ceil(k / group)] of x; `together` rows share a scale where the activation says so.
+void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, int64_t together, void* codes,
+              float* scale);
 
 }  // namespace qfunc

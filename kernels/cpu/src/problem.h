@@ -12,8 +12,8 @@ enum class Number : int32_t { None, F32, F16, BF16, E4M3, E8M0, UInt8, Nested };
 enum class Zero : int32_t { None, Int, Float };
 enum class Input : int32_t { F32, BF16, F16, Int8 };
 // Where an integer activation's codes and scales come from.
-// Float: codes of a small float format, whose values are multiplied in floating point.
-enum class Quantize : int32_t { None, Codes, Token, Group, Given, Float };
+// Float: codes of a small float format, whose values are multiplied in floating point; FloatCodes: such codes as they come in.
+enum class Quantize : int32_t { None, Codes, Token, Group, Given, Float, FloatCodes };
 // How the scale of a cell of a small float activation comes about.
 enum class Rule : int32_t { Amax, Power, TwoLevel, Given };
 
