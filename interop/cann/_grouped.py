@@ -2,7 +2,7 @@
 
 The operator wants the counts of its groups to add up to all rows. Rows beyond the sum of the sizes are therefore counted to the last
 expert and set to zero afterwards; SGLang leaves what is there. int8 results take float biases only after the operator, whose own bias
-is an int32 before the scales.
+is an int32 before the scales: the place of a static zero point's correction.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _linear
+from . import _compose, _linear
 from ._npu import E8M0, FP4, operator
 from ._placed import Placed
 from ._quantize import Rows
@@ -42,17 +42,32 @@ def grouped_matmul(w: Placed, x, sizes: torch.Tensor, bias: torch.Tensor | None 
     held = sizes.sum()
     counts = torch.cat([sizes[:-1], (total - sizes[:-1].sum()).reshape(1)])
     owner = None
-    if bias is not None or "perm" in w.operands or "smooth" in w.operands:
-        owner = torch.searchsorted(sizes.cumsum(0), torch.arange(total, device=sizes.device), right=True).clamp(max=count - 1)
+    if bias is not None or by_expert(w):
+        owner = owners(sizes, total)
     y = multiply(w, prepared(w, x, owner), counts, out_dtype)
     y = _linear.finish(y, None if bias is None else bias.to(torch.float32)[owner], out_dtype)
     return torch.where((torch.arange(total, device=y.device) < held)[:, None], y, torch.zeros_like(y))
 
 
+def by_expert(w: Placed) -> bool:
+    """True where what becomes of a row before the product is its expert's own."""
+    return w.kind == "w8a8_static" or bool({"smooth", "perm"} & w.operands.keys())
+
+
+def owners(sizes: torch.Tensor, total: int) -> torch.Tensor:
+    """The expert of each of `total` rows; the last one has the rows beyond the sizes."""
+    return torch.searchsorted(sizes.cumsum(0), torch.arange(total, device=sizes.device), right=True).clamp(max=sizes.shape[0] - 1)
+
+
 def prepared(w: Placed, x, owner) -> Rows | torch.Tensor:
-    """x smoothed and ordered as each row's expert asks, and as `Rows` where the kind multiplies codes."""
+    """x smoothed and ordered as each row's expert asks, and as `Rows` where the kind multiplies codes.
+
+    `owner`: the expert of each row, where `by_expert` asks for it. Static scales are each row's own expert's, which no operator knows.
+    """
     perm, smooth, spec = w.operands.get("perm"), w.operands.get("smooth"), w.scheme.activation
     if isinstance(x, Rows):
+        if "quant_bias" in w.operands:
+            raise ValueError(f"{w!r}: rows quantized beforehand have other zero points than the experts; give them in floating point")
         if perm is None or w.kind == "float":
             return x
         plain = x.plain()
@@ -63,6 +78,10 @@ def prepared(w: Placed, x, owner) -> Rows | torch.Tensor:
         x = x.to(torch.float32) * smooth[owner]
     if perm is not None:
         x = x.gather(-1, perm[owner])
+    if w.kind == "w8a8_static":
+        scale, zero = (w.operands[name][owner][:, None, None] for name in ("input_scale", "input_zero"))
+        codes, scale, _ = _compose.quantize(x[:, None], spec, scale, zero, 1)
+        return Rows.ready("token", (codes[:, 0], scale.reshape(-1)), tuple(x.shape), spec)
     return x if w.kind in ("a16", "float") or spec is None else Rows(x, spec)
 
 
@@ -83,7 +102,7 @@ def _integers(w: Placed, x: Rows, counts, out_dtype):
     o = w.operands
     if o["weight"].dtype == torch.int8 and o["scale"].dtype != (torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32):
         raise ValueError(f"{w!r} was placed for {w.dtype}, found a result of {out_dtype}; place it with the other dtype")
-    extra = {"bias": o["correction"]} if w.kind == "w4a8" else {}
+    extra = {"bias": o["correction"]} if w.kind == "w4a8" else {"bias": o["quant_bias"]} if "quant_bias" in o else {}
     return call(codes, o["weight"], counts, out_dtype, scale=o["scale"], per_token_scale=scale, **extra)
 
 
@@ -110,6 +129,13 @@ def _fp8(w: Placed, x: Rows, counts, out_dtype):
     return call(codes, w.operands["weight"], counts, out_dtype, scale=w.operands["scale"], per_token_scale=scale)
 
 
+def _block8(w: Placed, x: Rows, counts, out_dtype):
+    """Groups of 128 of x against blocks of 128 x 128."""
+    plain = x.plain()
+    codes, scale = plain.codes.contiguous(), plain.scale.to(torch.float32).contiguous()
+    return call(codes, w.operands["weight"], counts, out_dtype, scale=w.operands["scale"], per_token_scale=scale)
+
+
 def _mxfp8(w: Placed, x: Rows, counts, out_dtype):
     codes, scale = x.mx()
     return mx_call(w, codes, scale, counts, out_dtype)
@@ -131,6 +157,7 @@ def _float(w: Placed, x, counts, out_dtype):
 
 
 GROUPED: dict[str, Callable] = {
-    "w8a8": _integers, "w4a4": _integers, "w4a8": _integers, "a16": _a16, "codes16": _codes16, "fp8": _fp8, "mxfp8": _mxfp8,
+    "w8a8": _integers, "w8a8_static": _integers, "fp8_block": _block8,
+    "w4a4": _integers, "w4a8": _integers, "a16": _a16, "codes16": _codes16, "fp8": _fp8, "mxfp8": _mxfp8,
     "mxfp4_a8": _mxfp8, "mxfp4": _mxfp8, "float": _float,
 }

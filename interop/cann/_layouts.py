@@ -87,13 +87,17 @@ def w8a8_static(s: Source) -> Laid:
 
     SGLang keeps the input's scale in the model's type and multiplies by its 16-bit reciprocal, while deq_scale was made with the float32
     one; here the float32 scale divides. A fused layer takes the last shard's input scale there; here every projection has its own.
+
+    Stacks, which SGLang refuses: input scales and zeros [E], `quant_bias` [E, N], for the grouped operator's form with a scale per row.
     """
-    laid = w8a8(s)
-    laid.operands["input_scale"] = s.leaves["input_scale"].to(torch.float32).reshape(1)
-    zero = s.leaves.get("input_zero", torch.zeros_like(s.leaves["input_scale"])).to(torch.int32).reshape(1)
+    laid, count = w8a8(s), s.leaves["codes"].shape[0] if s.experts else 1
+    laid.operands["input_scale"] = s.leaves["input_scale"].to(torch.float32).reshape(-1).expand(count)
+    zero = s.leaves.get("input_zero", torch.zeros_like(s.leaves["input_scale"])).to(torch.int32).reshape(-1).expand(count)
     laid.operands["input_zero"] = zero
     if s.packed.scheme.activation.zero is not None:
-        laid.operands["quant_bias"] = -zero * laid.operands["sums"]
+        laid.operands["quant_bias"] = -(zero[:, None] if s.experts else zero) * laid.operands["sums"]
+    if s.experts:
+        return laid
     laid.operands["deq_scale"] = laid.operands["scale"] * laid.operands["input_scale"]
     if s.dtype == torch.float16:
         laid.operands["deq_scale64"] = _bits.float_bits(_bits.short_float(laid.operands["deq_scale"]))
@@ -115,7 +119,8 @@ def _four_bits_nz(s: Source) -> tuple[torch.Tensor, Callable]:
 def w4a4(s: Source) -> Laid:
     """Matrices: int32 [K / 8, N], a transposed view of [N, K / 8], and float32 scales [N] (op-plugin's table; SGLang passes 16-bit ones).
 
-    Stacks: int32 [E, K, N / 8] in NZ and scales as float32 bits in int64 [E, N].
+    Stacks: int32 [E, K, N / 8] in NZ and scales as float32 bits in int64 [E, N]. An online rotation that a checkpoint names for such a
+    layer is applied to x by the layer, in front of this product; SGLang 0.5.23 ignores it.
     """
     scale = s.scales()[..., 0]
     if s.experts:
@@ -129,7 +134,8 @@ def w4a8(s: Source) -> Laid:
     """int4 in int32 [.., K, N / 8]; scales as float32 bits in int64, [K / 256, N] for matrices, [E, 1 or G, N] for stacks.
 
     The kernel splits x into two nibbles, the lower one less 8, and adds `correction` = 8 sum_k(w s), float32 [.., N], to make up for it:
-    that is arithmetic of the device, not part of the result (ModelSlim's `scale_bias`, recomputed here and so never out of step).
+    that is arithmetic of the device, not part of the result (ModelSlim's `scale_bias`, recomputed here and so never out of step). SGLang
+    knows experts per channel alone, and under tensor parallelism adds the whole correction on every rank.
     """
     scale = s.scales()
     q, groups = s.integers(), scale.shape[-1]
@@ -151,7 +157,8 @@ def a16(s: Source) -> Laid:
 
     The operator computes (w + offset) scale, so a zero point z of b-bit codes becomes the offset 2^(b-1) - z. SGLang 0.5.23 passes
     z - 2^(b-1) for asymmetric GPTQ, which is wrong for all but symmetric checkpoints, and hands over the groups -1 and K, which the
-    operator refuses; here one scale per channel is group 0. Codes of 2 and 3 bits become int4, of 5 to 7 bits int8, exactly.
+    operator refuses; here one scale per channel is group 0. It makes negative scales of GPTQ experts positive by negating weights, where
+    -8 becomes 7; here they keep their sign. Codes of 2 and 3 bits become int4, of 5 to 7 bits int8, exactly.
 
     The grouped operator takes int8 only with one scale per channel. In groups they go as two int4 planes w = 16 h + l + 8 along K, and x
     twice: exact, at twice the multiplications.
@@ -194,11 +201,15 @@ def fp8(s: Source) -> Laid:
 
 
 def block8(s: Source) -> Laid:
-    """int8 [K, N], or e4m3 as a view of [N, K]; float32 scales [ceil(K / 128), ceil(N / 128)], transposed as the weight is."""
+    """int8 [K, N], or e4m3 [.., K, N] as a view of [.., N, K]; float32 scales [.., ceil(K / 128), ceil(N / 128)], turned as the weight is.
+
+    SGLang requantizes such checkpoints to MXFP8 on A5 where their scales are no powers of two; the operators know blocks as they are.
+    """
     scale = s.leaves["scale"]
     if s.code == "int8":
         return Laid({"weight": _turned(s.leaves["codes"]), "scale": _turned(scale)}, codes=lambda o: _turned(o["weight"]))
-    return Laid({"weight": s.put(s.leaves["codes"]).t(), "scale": s.put(scale).t()}, codes=lambda o: o["weight"].t().contiguous())
+    return Laid({"weight": s.put(s.leaves["codes"]).transpose(-1, -2), "scale": s.put(scale).transpose(-1, -2)},
+                codes=lambda o: o["weight"].transpose(-1, -2).contiguous())
 
 
 def _mx_scale(s: Source) -> torch.Tensor:

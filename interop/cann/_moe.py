@@ -70,6 +70,7 @@ def joined(gate: QTensor, up: QTensor):
     if first != second or gate.matrix_shape[:-1] != up.matrix_shape[:-1]:
         raise ValueError(f"gate and up are no one stack: {gate!r} and {up!r}; leave them apart and use grouped_matmul")
     scheme, whole = first.scheme, {}
+    blocks = scheme.weight.granularity.kind == "block"
     for name in a:
         if name in ("smooth", "perm", "input_scale", "input_zero"):
             if not a[name].is_meta and not torch.equal(a[name], b[name]):
@@ -79,9 +80,9 @@ def joined(gate: QTensor, up: QTensor):
         sides = [a[name], b[name]]
         if scheme.weight.granularity.kind == "tensor" and name in ("scale", "zero", "scale2"):
             sides = [leaf.expand(*leaf.shape[:-2], q.matrix_shape[-1], 1) for leaf, q in zip(sides, (gate, up), strict=True)]
-        elif scheme.weight.granularity.kind == "block" and gate.matrix_shape[-1] % scheme.weight.granularity.out:
+        elif blocks and gate.matrix_shape[-1] % scheme.weight.granularity.out:
             raise ValueError(f"gate's outputs, {gate.matrix_shape[-1]}, are no whole blocks of {scheme.weight.granularity}")
-        elif name != "codes" and sides[0].shape[-2] == 1:
+        elif name != "codes" and sides[0].shape[-2] == 1 and not (blocks and name in ("scale", "zero")):
             sides = [leaf.expand(*leaf.shape[:-2], q.matrix_shape[-1], leaf.shape[-1]) for leaf, q in zip(sides, (gate, up), strict=True)]
         whole[name] = torch.cat(sides, -2)
     if scheme.weight.granularity.kind == "tensor":
@@ -128,7 +129,7 @@ def moe(experts: Experts, x: torch.Tensor, weights: torch.Tensor, choice: torch.
     elif mode == MX:
         scale = scale.view(torch.uint8).reshape(rows.shape[0], -1, 2)
         source = Rows.ready("mx", (rows, scale), tuple(rows.shape), spec)
-    hidden = _inner(w13, w2, _as_rows(w13, source), counts, combine, x.dtype)
+    hidden = _inner(w13, w2, _as_rows(w13, source, counts), counts, combine, x.dtype)
     y = _grouped.multiply(w2, hidden, counts, x.dtype).to(x.dtype)
     return operator("npu_moe_finalize_routing")(y, None, None, None, weights.to(x.dtype), back, choice, drop_pad_mode=2)
 
@@ -146,12 +147,10 @@ def _ocp(spec) -> bool:
     return (spec.code, spec.scale_rule, spec.rounding, spec.clip) == ("fp8_e4m3", "mx_floor", "rne", 1)
 
 
-def _as_rows(w: Placed, x):
+def _as_rows(w: Placed, x, counts):
     if isinstance(x, Rows):
         return x
-    if {"smooth", "perm"} & w.operands.keys():
-        raise ValueError(f"{w!r} smooths or reorders its input by expert; use grouped_matmul")
-    return _grouped.prepared(w, x, None)
+    return _grouped.prepared(w, x, _grouped.owners(counts, x.shape[0]) if _grouped.by_expert(w) else None)
 
 
 def _inner(w13: Placed, w2: Placed, rows, counts, combine: Callable, dtype: torch.dtype):
@@ -167,7 +166,7 @@ def _inner(w13: Placed, w2: Placed, rows, counts, combine: Callable, dtype: torc
         h = operator("npu_swiglu")(h, dim=-1)
     else:
         h = combine(*h.to(torch.float32).chunk(2, -1)).to(dtype)
-    return _as_rows(w2, h)
+    return _as_rows(w2, h, counts)
 
 
 def _fused_mx(w13: Placed, w2: Placed, rows: Rows, counts):

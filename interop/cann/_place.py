@@ -175,7 +175,8 @@ def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, d
             laid.operands.setdefault(name, leaves[name].to(number))
     base.operands = {name: put(tensor) for name, tensor in laid.operands.items()}
     base.meta, base.codes = laid.meta, laid.codes
-    slow = composed(packed.scheme.activation)
+    own_scales = "each row is divided by the static scale of its expert" if experts and kind == "w8a8_static" else ""
+    slow = own_scales or composed(packed.scheme.activation)
     base.note = f"activations are quantized by elementwise operations: {slow}" if slow else ""
     base.kept = {name: leaf for name, leaf in leaves.items() if name != "codes"}
     return base

@@ -31,7 +31,7 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
-    "w8a8_static": Row("npu_quantize + npu_quant_matmul", INTEGER, (), "quantize experts to w8a8_dynamic; " + _TO_MX),
+    "w8a8_static": Row("npu_quantize + npu_quant_matmul", INTEGER, INTEGER, _TO_MX),
     "w8a8": Row("npu_dynamic_quant + npu_quant_matmul", INTEGER, INTEGER, _TO_MX),
     "w4a4": Row("npu_dynamic_quant (int4) + npu_quant_matmul", INTEGER, INTEGER, _TO_MX),
     "w4a8": Row("npu_dynamic_quant + npu_quant_matmul (int8 x int4)", INTEGER, INTEGER, _TO_MX),
@@ -44,7 +44,7 @@ ROWS: dict[str, Row] = {
     "mxfp4_dual": Row("npu_dynamic_dual_level_mx_quant + npu_dual_level_quant_matmul", MICROSCALED, (),
                       "use mxfp4 for experts; " + _TO_INT),
     "w8a8_block": Row("npu_quant_matmul (blocks of 128 x 128)", INTEGER, (), "quantize to w8a8_dynamic; " + _TO_MX),
-    "fp8_block": Row("npu_quant_matmul (blocks of 128 x 128)", MICROSCALED, (), "quantize to mxfp8; " + _TO_INT),
+    "fp8_block": Row("npu_quant_matmul (blocks of 128 x 128)", MICROSCALED, MICROSCALED, "quantize to mxfp8; " + _TO_INT),
     "float": Row("matmul of the dequantized weight", EVERYWHERE, EVERYWHERE, ""),
 }
 

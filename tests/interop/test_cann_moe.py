@@ -34,6 +34,8 @@ def _layer(params, x, weights, choice):
 def _case(rng, first, second, tokens):
     shapes = {"gate_proj": (HIDDEN, INNER, first), "up_proj": (HIDDEN, INNER, first), "down_proj": (INNER, HIDDEN, second)}
     params = {name: {"kernel": npu_weights.weight(rng, scheme, columns, rows, EXPERTS)} for name, (columns, rows, scheme) in shapes.items()}
+    gate, up = (params[name]["kernel"] for name in ("gate_proj", "up_proj"))
+    params["up_proj"]["kernel"] = up.replace(input_scale=gate.input_scale, input_zero=gate.input_zero)      # of one input
     x = npu_weights.activation(rng, tokens, HIDDEN)
     choice = np.stack([rng.permutation(EXPERTS)[:TOP] for _ in range(tokens)]).astype(np.int32)
     weights = rng.uniform(0.1, 1, (tokens, TOP)).astype(np.float32)
@@ -51,6 +53,8 @@ FLOWS = [
     ("w4a4_dynamic", "w8a8_dynamic", "A2", [ROUTE, "npu_dynamic_quant", *INT8_FLOW[1:]]),
     ("w4a16_g32_asym", "w4a16_g32", "A2", FLOAT_FLOW),
     ("nf4", "nf4", "A5", FLOAT_FLOW),
+    ("w8a8_static_asym", "w8a8_static_asym", "A2", FLOAT_FLOW),
+    ("fp8_block", "fp8_block", "A5", FLOAT_FLOW),
     ("ocp8", "ocp8", "A5", [ROUTE, FUSED["mx"], MULTIPLY, COMBINE]),
     ("ocp48", "ocp48", "A5", [ROUTE, MX, FUSED["mx"], MULTIPLY, COMBINE]),
     ("mxfp4", "mxfp4", "A5", [ROUTE, MX, MULTIPLY, "npu_swiglu", MX, MULTIPLY, COMBINE]),
@@ -76,8 +80,10 @@ def test_the_flow_equals_the_layer(rng, calls, first, second, soc, expected):
     assert [name for name, *_ in calls] == expected
     ref = np.asarray(_layer(params, jnp.asarray(x).astype(jnp.bfloat16), jnp.asarray(weights), jnp.asarray(choice)).astype(jnp.float32))
     error = np.abs(y.to(torch.float32).numpy() - ref).mean() / np.abs(ref).mean()
-    # Roundings in other places: of the inner activation to 8 bits and of each result to 16.
-    assert error < 0.02, error
+    # Three roundings to bfloat16 in other places move the inner activation by up to d = 3 2^-9 of itself, which takes a share d / step of
+    # its codes over a border, by a whole step: noise of sqrt(d step). Steps: up to 2^-5 of most int8, 2^-3 of e4m3, 2^-1 of e2m1.
+    bound = {"ocp8": 0.05, "ocp48": 0.05, "fp8_block": 0.05, "mxfp4": 0.1}.get(first, 0.02)
+    assert error < bound, error
 
 
 def test_another_activation_runs_outside_the_fused_operators(rng, calls):
@@ -111,6 +117,18 @@ def test_no_tokens_and_what_is_refused(rng, calls):
         cann.moe(experts, torch.zeros((1, HIDDEN), dtype=torch.float16), torch.zeros((1, TOP)), torch.zeros((1, TOP), dtype=torch.int32))
     with pytest.raises(ValueError, match="no one stack"):
         cann.place_experts(gate, npu_weights.weight(rng, "w4a8_dynamic", HIDDEN, INNER, EXPERTS), down, device="cpu", soc="A2")
+    static = [npu_weights.weight(rng, "w8a8_static_asym", *shape, EXPERTS) for shape in ((HIDDEN, INNER), (INNER, HIDDEN))]
+    one = static[0].replace(input_scale=static[0].input_scale * 3)
+    with pytest.raises(ValueError, match="their input_scale differ"):
+        cann.place_experts(static[0], one, static[1], device="cpu", soc="A2")
+    stack = cann.place({"experts": static[0]}, "cpu", "A2")["experts"]
+    from qfunc._activation import quantize_rows
+    from qfunc.interop.cann._quantize import Rows
+    spec = static[0].scheme.activation
+    plain = quantize_rows(jnp.ones((2, HIDDEN)), spec, static[0].input_scale[0], static[0].input_zero[0])
+    rows = Rows(None, spec, plain=[torch.from_numpy(np.array(part)) for part in plain])
+    with pytest.raises(ValueError, match="other zero points"):
+        cann.grouped_matmul(stack, rows, torch.tensor([2, 0, 0, 0]))
     with pytest.raises(cann.PlacementError, match="runs on A2 and A3 alone, found A5"):
         cann.place_experts(gate, up, down, device="cpu", soc="A5")
     with pytest.raises(cann.PlacementError, match="N % 64 == 0, found N = 40"):

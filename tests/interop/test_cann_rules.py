@@ -176,7 +176,7 @@ GROUPED = [
     ("w8a8_dynamic", "A2", 64, 32), ("w4a8_dynamic", "A3", 64, 64), ("w4a8_dynamic_g32", "A2", 64, 64), ("w4a4_dynamic", "A2", 64, 64),
     ("w4a16_g32_asym", "A2", 64, 16), ("w8a16", "A3", 40, 16), ("w8a16_g32_asym", "A2", 64, 16), ("w8a8_dynamic_g32", "A2", 64, 16),
     ("mxfp8", "A5", 128, 32), ("mxfp4", "A5", 128, 64), ("mxfp4_a8", "A5", 128, 64), ("fp8_dynamic", "A5", 64, 32), ("nf4", "A5", 64, 16),
-    ("w4a16_g32_actorder", "A2", 64, 16),
+    ("w4a16_g32_actorder", "A2", 64, 16), ("w8a8_static", "A3", 64, 32), ("w8a8_static_asym", "A2", 72, 24), ("fp8_block", "A5", 192, 136),
 ]
 
 
@@ -191,7 +191,7 @@ def test_experts_equal_the_reference(rng, calls, scheme, soc, columns, rows):
         y = cann.grouped_matmul(w, _torch(x, "bfloat16"), torch.from_numpy(sizes))
     with use("reference"):
         ref = jax_grouped(jnp.asarray(x).astype(jnp.bfloat16), q, jnp.asarray(sizes))
-    if w.kind in ("w8a8", "w4a8", "w4a4"):
+    if w.kind in ("w8a8", "w8a8_static", "w4a8", "w4a4"):
         np.testing.assert_array_equal(y.to(torch.float32).numpy(), np.asarray(ref.astype(jnp.float32)))
     elif w.kind != "float":
         _close(y, ref, "bfloat16", 1.01)
@@ -227,8 +227,6 @@ PLACED = ["w8a8_dynamic", "w8a8_static_asym", "w4a8_dynamic", "w4a8_dynamic_g64_
 def test_placement_can_be_undone(rng, scheme, experts):
     from qfunc.interop import cann
     soc = "A5" if scheme.startswith(("mx", "fp8")) else "A2"
-    if experts and scheme == "w8a8_static_asym":
-        pytest.skip("static experts are refused")
     q = npu_weights.weight(rng, scheme, 192, 64, experts=experts, smooth=scheme == "w8a8_dynamic")
     back = cann.restore({"experts" if experts else "l": {"kernel": _place(q, soc)}})
     found = next(iter(next(iter(back.values())).values()))

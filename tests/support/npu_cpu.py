@@ -265,10 +265,12 @@ def _group(x, w, own, x4: bool, w4: bool, mx: bool):
     if "scale" not in own:
         return product(x, w).to(torch.float32)
     scale = scale64(own["scale"])
+    if scale.dim() == 2 and x.dtype == torch.float8_e4m3fn:
+        return _blocks(x, w, own["token"], scale)
     if mixed:
         y = _nibbles(x, w, scale.reshape(-1, w.shape[1])) + own["bias"]
     else:
-        y = product(x, w).to(torch.float32) * scale
+        y = (product(x, w) + own.get("bias", 0)).to(torch.float32) * scale
     return y * own["token"][:, None] if "token" in own else y
 
 

@@ -60,7 +60,7 @@ EXPERTS = {"Qwen3-30B-A3B": (2048, 768, 128, 8), "DeepSeek-V3": (7168, 2048, 256
 
 @functools.cache
 def rows() -> dict:
-    """Name of a row to (scheme, where it applies): the rows of SGLang's Ascend table and those this project adds."""
+    """Name of a row to its scheme: the rows of SGLang's Ascend table and those this project adds."""
     import qfunc
     from qfunc._spec import ActivationSpec, Scheme, WeightSpec, group
     mx = group(32)
@@ -69,34 +69,33 @@ def rows() -> dict:
         return Scheme(name, WeightSpec(weight, mx, scale_dtype="e8m0", scale_rule=rule, rounding="rha"),
                       ActivationSpec(activation, mx, scale_dtype="e8m0", scale_rule=act_rule, rounding=rounding))
 
-    both, everything, linear = ("linear", "moe"), ("linear", "moe", "block"), ("linear", "block")
     clipped = qfunc.scheme("w4a8_dynamic").replace(name="w4a8_clip", activation_clip=0.9)
     flat = qfunc.scheme("w4a4_dynamic").replace(name="w4a4_flatquant", activation_clip=0.95)
     named = {
-        "ModelSlim W8A8": ("w8a8_static_asym", linear), "W8A8 static symmetric": ("w8a8_static", linear),
-        "ModelSlim W8A8_DYNAMIC": ("w8a8_dynamic", everything), "ModelSlim W4A4_DYNAMIC": ("w4a4_dynamic", everything),
-        "ModelSlim W4A4_FLATQUANT_DYNAMIC": (flat, everything), "ModelSlim W4A8_DYNAMIC": ("w4a8_dynamic", both),
-        "ModelSlim W4A8_DYNAMIC g256": ("w4a8_dynamic_g256", both), "ModelSlim W8A16": ("w8a16", both), "ModelSlim W4A16": ("w4a16", both),
-        "ModelSlim WFP8AFP8_DYNAMIC": ("fp8_dynamic", both),
-        "ModelSlim W8A8_MXFP8": (microscaled("w8a8_mxfp8", "fp8_e4m3", "mx_floor", "fp8_e4m3", "mx_floor", "rne"), everything),
-        "ModelSlim W4A8_MXFP": (microscaled("w4a8_mxfp", "fp4_e2m1", "mx_even1", "fp8_e4m3", "mx_floor", "rne"), both),
-        "ModelSlim W4A4_MXFP4": (microscaled("w4a4_mxfp4", "fp4_e2m1", "mx_even1", "fp4_e2m1", "mx_even1", "rha"), everything),
-        "ModelSlim W4A4_MXFP4_DUALSCALE": ("mxfp4_dual", linear),
-        "AWQ W4A16 g128": ("w4a16_g128_asym", both), "AWQ W4A16 whole rows": ("w4a16_asym", both),
-        "GPTQ W4A16 g128": ("w4a16_g128", both), "GPTQ W4A16 g128 asymmetric": ("w4a16_g128_asym", both),
-        "GPTQ W4A16 g128 act-order": ("w4a16_g128_actorder", ("linear",)), "GPTQ W8A16 g128": ("w8a16_g128", both),
-        "GPTQ W8A16 g128 asymmetric": ("w8a16_g128_asym", both), "GPTQ W3A16 g128": ("w3a16_g128", both),
-        "auto-round W4A16 g32 asymmetric": ("w4a16_g32_asym", both), "auto-round W8A16": ("w8a16", both),
-        "auto-round W2A16 g32": ("w2a16_g32", both),
-        "compressed-tensors W8A8 dynamic": ("w8a8_dynamic", both), "compressed-tensors W4A8 dynamic": ("w4a8_dynamic_g128", both),
-        "compressed-tensors W4A8 dynamic, clipped": (clipped, both), "compressed-tensors W4A16 g128": ("w4a16_g128", both),
-        "compressed-tensors W4A16 g32": ("w4a16_g32", both), "compressed-tensors W8A16": ("w8a16", both),
-        "compressed-tensors MXFP4 weight-only": ("mxfp4_a16", both), "compressed-tensors NVFP4 weight-only": ("nvfp4_a16", both),
-        "online MXFP8": ("mxfp8", everything), "online MXFP4": ("mxfp4", everything), "online W4A8 MX": ("mxfp4_a8", both),
-        "GGUF Q4_K": ("gguf:Q4_K", both), "GGUF Q8_0": ("gguf:Q8_0", both), "bitsandbytes NF4": ("nf4", ("linear",)),
-        "DeepSeek block FP8": ("fp8_block", both), "NVFP4": ("nvfp4", both), "W8A8 block": ("w8a8_block", both),
+        "ModelSlim W8A8": "w8a8_static_asym", "W8A8 static symmetric": "w8a8_static",
+        "ModelSlim W8A8_DYNAMIC": "w8a8_dynamic", "ModelSlim W4A4_DYNAMIC": "w4a4_dynamic",
+        "ModelSlim W4A4_FLATQUANT_DYNAMIC": flat, "ModelSlim W4A8_DYNAMIC": "w4a8_dynamic",
+        "ModelSlim W4A8_DYNAMIC g256": "w4a8_dynamic_g256", "ModelSlim W8A16": "w8a16", "ModelSlim W4A16": "w4a16",
+        "ModelSlim WFP8AFP8_DYNAMIC": "fp8_dynamic",
+        "ModelSlim W8A8_MXFP8": microscaled("w8a8_mxfp8", "fp8_e4m3", "mx_floor", "fp8_e4m3", "mx_floor", "rne"),
+        "ModelSlim W4A8_MXFP": microscaled("w4a8_mxfp", "fp4_e2m1", "mx_even1", "fp8_e4m3", "mx_floor", "rne"),
+        "ModelSlim W4A4_MXFP4": microscaled("w4a4_mxfp4", "fp4_e2m1", "mx_even1", "fp4_e2m1", "mx_even1", "rha"),
+        "ModelSlim W4A4_MXFP4_DUALSCALE": "mxfp4_dual",
+        "AWQ W4A16 g128": "w4a16_g128_asym", "AWQ W4A16 whole rows": "w4a16_asym",
+        "GPTQ W4A16 g128": "w4a16_g128", "GPTQ W4A16 g128 asymmetric": "w4a16_g128_asym",
+        "GPTQ W4A16 g128 act-order": "w4a16_g128_actorder", "GPTQ W8A16 g128": "w8a16_g128",
+        "GPTQ W8A16 g128 asymmetric": "w8a16_g128_asym", "GPTQ W3A16 g128": "w3a16_g128",
+        "auto-round W4A16 g32 asymmetric": "w4a16_g32_asym", "auto-round W8A16": "w8a16",
+        "auto-round W2A16 g32": "w2a16_g32",
+        "compressed-tensors W8A8 dynamic": "w8a8_dynamic", "compressed-tensors W4A8 dynamic": "w4a8_dynamic_g128",
+        "compressed-tensors W4A8 dynamic, clipped": clipped, "compressed-tensors W4A16 g128": "w4a16_g128",
+        "compressed-tensors W4A16 g32": "w4a16_g32", "compressed-tensors W8A16": "w8a16",
+        "compressed-tensors MXFP4 weight-only": "mxfp4_a16", "compressed-tensors NVFP4 weight-only": "nvfp4_a16",
+        "online MXFP8": "mxfp8", "online MXFP4": "mxfp4", "online W4A8 MX": "mxfp4_a8",
+        "GGUF Q4_K": "gguf:Q4_K", "GGUF Q8_0": "gguf:Q8_0", "bitsandbytes NF4": "nf4",
+        "DeepSeek block FP8": "fp8_block", "NVFP4": "nvfp4", "W8A8 block": "w8a8_block",
     }
-    return {name: (qfunc.scheme(what) if isinstance(what, str) else what, where) for name, (what, where) in named.items()}
+    return {name: qfunc.scheme(what) if isinstance(what, str) else what for name, what in named.items()}
 
 
 def abstract(scheme, columns: int, rows_: int, experts: int = 0, dtype: str = "bfloat16"):
@@ -136,16 +135,19 @@ def abstract(scheme, columns: int, rows_: int, experts: int = 0, dtype: str = "b
 
 
 def cases():
-    """(row, layer kind, model, layer, tp, K, N or None, extra) of every combination; None where the sizes do not divide."""
-    for row, (_, where) in rows().items():
+    """(row, layer kind, model, layer, tp, K, N, extra) of every combination.
+
+    `extra`: (experts, experts of a token) of a mixture; ("out",) of a slice of a layer's outputs.
+    """
+    for row in rows():
         for kind, models in (("linear", LINEAR), ("block", BLOCKS)):
-            for model, layers in models.items() if kind in where else ():
+            for model, layers in models.items():
                 for layer in layers:
                     for tp in TP if layer.cut != "whole" else (1,):
                         columns = layer.columns // (tp if layer.cut == "in" else 1)
                         outs = layer.rows // (tp if layer.cut == "out" else 1)
-                        yield row, kind, model, layer.name, tp, columns, outs, ()
-        for model, (hidden, inner, experts, top) in EXPERTS.items() if "moe" in where else ():
+                        yield row, kind, model, layer.name, tp, columns, outs, ("out",) if layer.cut == "out" and tp > 1 else ()
+        for model, (hidden, inner, experts, top) in EXPERTS.items():
             for tp in TP:
                 yield row, "moe", model, "experts", tp, hidden, inner // tp, (experts, top)
 
@@ -220,12 +222,11 @@ def run_moe(scheme, hidden: int, inner: int, experts: int, top: int, soc: str, d
 
 
 @functools.cache
-def verdict(row: str, kind: str, columns: int, outs: int, extra: tuple, soc: str, dtype: str) -> tuple[str, str]:
+def verdict(scheme, kind: str, columns: int, outs: int, extra: tuple, soc: str, dtype: str) -> tuple[str, str]:
     """(`accepted`, ''), (`generation` or `alignment`, the rule by which `place` refuses) or (`fault`, what a judge said)."""
     from qfunc.interop.cann._place import PlacementError
-    scheme = rows()[row][0]
-    if cut_blocks(scheme, kind, columns, outs):
-        return "alignment", cut_blocks(scheme, kind, columns, outs)
+    if cut_blocks(scheme, kind, columns, outs, extra):
+        return "alignment", cut_blocks(scheme, kind, columns, outs, extra)
     try:
         if kind == "moe":
             run_moe(scheme, columns, outs, *extra, soc, dtype)
@@ -243,14 +244,17 @@ def homes(row: str, experts: bool) -> tuple[str, ...]:
     """The generations that run a row at all."""
     from qfunc.interop.cann._place import refusal
     shape = (8, 4096, 4096) if experts else (4096, 4096)
-    return tuple(soc for soc in ("A2", "A3", "A5") if refusal(rows()[row][0], shape, soc, experts) is None)
+    return tuple(soc for soc in ("A2", "A3", "A5") if refusal(rows()[row], shape, soc, experts) is None)
 
 
-def cut_blocks(scheme, kind: str, columns: int, outs: int) -> str:
-    """Why no device's slice of such a weight exists, whatever runs it: a GGUF row is cut between its blocks alone."""
-    size = scheme.weight.granularity.size if scheme.weight.code.startswith("gguf:") else 1
-    broken = [k for k in ((columns, outs) if kind == "moe" else (columns,)) if k % size]
-    return f"{scheme.name} needs slices of whole blocks of {size} inputs, found K = {broken[0]}" if broken else ""
+def cut_blocks(scheme, kind: str, columns: int, outs: int, extra: tuple) -> str:
+    """Why no device's slice of such a weight exists, whatever runs it: GGUF and blocks of 128 x 128 are cut between blocks alone."""
+    grain = scheme.weight.granularity
+    size = grain.size if scheme.weight.code.startswith("gguf:") or grain.kind == "block" else 1
+    broken = [f"K = {k}" for k in ((columns, outs) if kind == "moe" else (columns,)) if k % size]
+    if grain.kind == "block" and extra == ("out",) and outs % grain.out and grain.out % outs:     # ranks may share a block of outputs
+        broken.append(f"N = {outs}")
+    return f"{scheme.name} needs slices of whole blocks of {size}, found {broken[0]}" if broken else ""
 
 
 def refused():
@@ -261,9 +265,9 @@ def refused():
     from qfunc.interop.cann._place import refusal
     out, seen = [], {}
     for row, kind, model, layer, tp, columns, outs, extra in cases():
-        scheme = rows()[row][0]
+        scheme = rows()[row]
         for soc in ("A2", "A3", "A5"):
-            key = (row, kind, columns, outs, extra[:1], soc)
+            key = (scheme, kind, columns, outs, extra[:1], soc)
             if key not in seen:
                 seen[key] = _refusals(scheme, kind, columns, outs, extra, soc, refusal)
             if seen[key] and " needs " in seen[key]:
@@ -272,8 +276,8 @@ def refused():
 
 
 def _refusals(scheme, kind, columns, outs, extra, soc, refusal):
-    if cut_blocks(scheme, kind, columns, outs):
-        return cut_blocks(scheme, kind, columns, outs)
+    if cut_blocks(scheme, kind, columns, outs, extra):
+        return cut_blocks(scheme, kind, columns, outs, extra)
     if kind != "moe":
         return refusal(scheme, (columns, outs), soc)
     shapes = ((extra[0], columns, outs), (extra[0], outs, columns))
@@ -287,7 +291,7 @@ def main(arguments) -> int:
     for row, kind, model, layer, tp, columns, outs, extra in cases():
         for soc in ("A2", "A3", "A5"):
             for dtype in ("bfloat16", "float16"):
-                found, rule = verdict(row, kind, columns, outs, extra, soc, dtype)
+                found, rule = verdict(rows()[row], kind, columns, outs, extra, soc, dtype)
                 totals[found] += len(TOKENS)
                 where[row, kind][found] += len(TOKENS)
                 if found == "fault":

@@ -26,10 +26,11 @@ ROWS = (
     ("ModelSlim W8A16", "linear", "A2"),
     ("AWQ W4A16 g128", "linear", "A2"), ("GPTQ W8A16 g128", "linear", "A2"), ("ModelSlim WFP8AFP8_DYNAMIC", "linear", "A5"),
     ("ModelSlim W8A8_MXFP8", "linear", "A5"), ("ModelSlim W4A8_MXFP", "linear", "A5"), ("ModelSlim W4A4_MXFP4", "linear", "A5"),
-    ("ModelSlim W4A4_MXFP4_DUALSCALE", "linear", "A5"),
+    ("ModelSlim W4A4_MXFP4_DUALSCALE", "linear", "A5"), ("W8A8 block", "linear", "A2"), ("DeepSeek block FP8", "linear", "A5"),
     ("ModelSlim W8A8_DYNAMIC", "moe", "A2"), ("ModelSlim W4A4_DYNAMIC", "moe", "A2"), ("ModelSlim W4A8_DYNAMIC g256", "moe", "A2"),
     ("AWQ W4A16 g128", "moe", "A2"), ("GPTQ W8A16 g128", "moe", "A2"), ("ModelSlim W8A16", "moe", "A2"),
     ("ModelSlim W8A8_MXFP8", "moe", "A5"), ("ModelSlim W4A8_MXFP", "moe", "A5"), ("ModelSlim W4A4_MXFP4", "moe", "A5"),
+    ("ModelSlim W8A8", "moe", "A2"), ("DeepSeek block FP8", "moe", "A5"), ("ModelSlim WFP8AFP8_DYNAMIC", "moe", "A5"),
 )
 
 
@@ -46,7 +47,7 @@ def recorded(rows=ROWS) -> list:
 
     for row, kind, soc in rows:
         seen: list = []
-        scheme = npu_matrix.rows()[row][0]
+        scheme = npu_matrix.rows()[row]
         with Recorder():
             if kind == "moe":
                 npu_matrix.run_moe(scheme, 1024, 512, 8, 2, soc, "bfloat16")

@@ -46,9 +46,9 @@ def weight(rng, scheme, columns: int, rows: int, experts: int = 0, dtype: str = 
     if spec.actorder:
         leaves["perm"] = rng.permuted(np.broadcast_to(np.arange(columns, dtype=np.int32), (*lead, columns)), axis=-1)
     if scheme.activation is not None and scheme.activation.mode == "static":
-        leaves["input_scale"] = np.full((*lead, 1, 1), 2.0**-5 if powers else 0.0311, np.float32)
+        leaves["input_scale"] = np.exp2(rng.integers(-1, 2, (*lead, 1, 1))).astype(np.float32) * np.float32(2.0**-5 if powers else 0.0311)
         if scheme.activation.zero is not None:
-            leaves["input_zero"] = np.full((*lead, 1, 1), -7, np.int32)
+            leaves["input_zero"] = rng.integers(-9, 9, (*lead, 1, 1)).astype(np.int32)
     if smooth:
         leaves["smooth"] = np.exp2(rng.integers(-1, 2, (*lead, columns))).astype(np.float32)
     return QTensor(jnp.asarray(codes), **{name: jnp.asarray(leaf) for name, leaf in leaves.items()}, scheme=scheme, dtype=dtype,
