@@ -37,9 +37,8 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "kv_cache_scheme": {"type": "read", "num_bits": "read: 8", "strategy": "read: tensor, attn_head or channel",
                             "symmetric": "read: must not be false", "dynamic": "the scales tell", "group_size": "not needed",
                             "block_structure": "not needed", "scale_dtype": TENSORS, **_TENSOR},
-        "sparsity_config": {"format": "read: must be dense", "registry_requires_subclass": "not needed where dense",
-                            "sparsity_structure": "not needed where dense", "global_sparsity": "not needed where dense",
-                            "ignore": "not needed where dense", "targets": "not needed where dense"},
+        "sparsity_config": {"format": "read: dense, sparse-24-bitmask or sparse-bitmask", "registry_requires_subclass": TENSORS,
+                            "sparsity_structure": TENSORS, "global_sparsity": "not needed", "ignore": TENSORS, "targets": TENSORS},
         "transform_config": {"config_groups": "read"},
         "transform_config/config_groups/*": {
             "type": "not needed: in the weights", "apply": "read: location must be weight_input or weight_output",

@@ -4,7 +4,8 @@ Tensors by format: `int-quantized`, `float-quantized`, `naive-quantized`: `weigh
 `weight_zero_point`, `input_scale`, `input_zero_point`. `pack-quantized`: `weight_packed` int32 [N, ceil(K b / 32)], a bit stream of
 offset-binary codes along the inputs, `weight_shape`, zero points streamed along the outputs, `weight_g_idx`. `nvfp4-pack-quantized`:
 nibbles, e4m3 scales and global scales that divide. `mxfp4-pack-quantized`, `mxfp6-pack-quantized`, `mxfp8-quantized`: MX.
-Exports for Ascend keep `int-quantized` int4 as msModelSlim does, two outputs a byte, with `weight_offset` and `scale_bias`.
+Sparse weights lie beside a map of their places (`_sparse`). Exports for Ascend keep `int-quantized` int4 as msModelSlim does, two outputs
+a byte, with `weight_offset` and `scale_bias`.
 W = (q - z) s. Before version 0.10 widths that do not divide 32 were padded to whole codes per word: told by the shape.
 Source: compressed-tensors, `compressors/` and `quantization/quant_args.py`.
 """
@@ -12,14 +13,14 @@ Source: compressed-tensors, `compressors/` and `quantization/quant_args.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qfunc._spec import CHANNEL, TENSOR, TOKEN, ActivationSpec, Granularity, WeightSpec, block, group
 
 from . import _common as common
-from . import modelslim
+from . import _sparse, modelslim
 from ._family import Config, Family, Source
 from ._naming import named
 from ._paths import is_table
@@ -95,8 +96,8 @@ def settings(source: Source) -> Settings:
     quant = source.quant
     quant.choice("quantization_status", ("compressed", "frozen"), "compressed")
     sparsity = quant.section("sparsity_config")
-    if sparsity is not None and sparsity.get("format") not in (None, DENSE):
-        raise quant.fail("sparsity_config.format", "dense (sparse checkpoints are not read)", sparsity.get("format"))
+    if sparsity is not None:
+        sparsity.choice("format", (None, DENSE, *_sparse.FORMATS))
     transform = quant.section("transform_config")
     if transform is not None:
         _transforms(transform)
@@ -205,7 +206,7 @@ def granularity(config: Config, parts: Parts, ins: int) -> Granularity:
     return TENSOR if how == "tensor" else CHANNEL
 
 
-MARKS = frozenset({"weight_packed", "weight_scale"})
+MARKS = frozenset({"weight_packed", "weight_scale", _sparse.MARK})
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
@@ -217,7 +218,10 @@ def layer(config: Settings, parts: Parts) -> Layer | None:
     form = mine.format or config.format
     if form not in READERS:
         raise parts.fail("", f"a format among {', '.join(READERS)}", form)
-    return READERS[form](mine.weights, mine.activation, parts)
+    if _sparse.MARK not in parts:
+        return READERS[form](mine.weights, mine.activation, parts)
+    out = READERS[form](mine.weights, mine.activation, _sparse.spread(parts))
+    return replace(out, tensors=parts.all)
 
 
 def bytes_layer(config: Config, act: ActivationSpec | None, parts: Parts) -> Layer:
@@ -326,7 +330,7 @@ FIELDS = {
     "quant_method": "read", "format": "read", "config_groups": "read: targets, format, weights (num_bits, type, symmetric, strategy, "
     "group_size, block_structure), input_activations (the same, dynamic, scale_dtype); output_activations must be null; observer, "
     "observer_kwargs, actorder, zp_dtype say how it was calibrated", "ignore": "read", "kv_cache_scheme": "read: type, num_bits, strategy, "
-    "symmetric", "quantization_status": "read: compressed or frozen", "sparsity_config": "read: must be dense", "transform_config":
+    "symmetric", "quantization_status": "read: compressed or frozen", "sparsity_config": "read: format", "transform_config":
     "read: only transforms that are in the weights already",
     "global_compression_ratio": "not needed", "version": "not needed: shapes tell the packing",
     "moe_sparsity_config": "not needed",

@@ -57,6 +57,10 @@ def _tensors(rng) -> dict[str, tuple[dict, dict]]:
                         "activation_scale": floats(kind=np.float32)}),
         "modelopt-blocks": ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
                             {"weight": numbers(np.int8, N, K).view(E4M3), "weight_scale": floats(1, 1, 1, 1, kind=np.float32)}),
+        "ct-sparse": ({"quant_method": "compressed-tensors", "format": "int-quantized", "sparsity_config": {"format": "sparse-24-bitmask"},
+                       "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}},
+                      {"shape": np.array([[N], [K]]), "bitmask": np.full((N, K // 8), 0x55, np.uint8),
+                       "compressed": numbers(np.int8, N, K // 2), "weight_scale": floats(N, 1, kind=np.float32)}),
         "ct-mxfp6": ({"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized", "config_groups": {"g": {
             "targets": ["Linear"], "weights": {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}}}},
             {"weight_packed": numbers(np.uint8, N, K * 3 // 4), "weight_scale": numbers(np.uint8, N, K // 32)}),

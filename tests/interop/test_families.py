@@ -248,7 +248,8 @@ BAD = {
     "ct ignored": ({**CT, "ignore": [M]}, INT8, "expected a float layer"), "ct sparse": ({**CT,
                                                                                           "sparsity_config": {"format": "sparse-24"}},
                                                                                           INT8, "dense"),
-    "ct transforms": ({**CT, "transform_config": {"config_groups": {"a": 1}}}, INT8, "online transforms"),
+    "ct transforms": ({**CT, "transform_config": {"config_groups": {"a": {"apply": [{"location": "output"}]}}}}, INT8, "at run time"),
+    "ct no transforms": ({**CT, "transform_config": {"config_groups": {"a": 1}}}, INT8, "object of objects"),
     "ct status": ({**CT, "quantization_status": "calibration"}, INT8, "quantization_status"),
     "ct regex": ({**CT, "ignore": ["re:("]}, INT8, "patterns that can be matched"),
     "float layer in int8": (CT, {"weight": INT8["weight"]}, "expected a float tensor, or scales"),
@@ -550,3 +551,38 @@ def test_compressed_tensors_for_ascend_hold_two_outputs_a_byte(tmp_path, columns
     tensors["scale_bias"] = -tensors["scale_bias"]
     with pytest.raises(CheckpointError, match="scale_bias"):
         qfunc.load(checkpoint(tmp_path, under(tensors, module), config))
+
+
+@pytest.mark.parametrize("form", ["sparse-24-bitmask", "sparse-bitmask"])
+@pytest.mark.parametrize("kind", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_sparse_weights_of_compressed_tensors(tmp_path, form, kind):
+    rng, outs, ins = generator(), 12, 44
+    mask = np.zeros((outs, ins), bool)
+    for row in mask.reshape(outs, -1, 4) if form == "sparse-24-bitmask" else ():
+        for four in row:
+            four[rng.permutation(4)[:2]] = True
+    mask = mask if mask.any() else rng.random((outs, ins)) < .3
+    dense_weight = np.where(mask, rng.integers(1, 100, (outs, ins)), 0).astype(kind)
+    bits = np.zeros((outs, 6), np.uint8)
+    for row, column in zip(*np.nonzero(mask), strict=True):
+        bits[row, column // 8] |= 1 << column % 8
+    values, counts = dense_weight[mask], mask.sum(1)
+    tensors = {"shape": np.array([[outs], [ins]]), "bitmask": bits, "weight_scale": rng.uniform(.01, .02, (outs, 1)).astype(np.float32)}
+    if form == "sparse-24-bitmask":
+        tensors["compressed"] = values.reshape(outs, ins // 2)
+    else:
+        tensors |= {"compressed": values, "row_offsets": np.cumsum(counts) - counts, "shape": np.array([outs, ins])}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int" if kind is np.int8 else "float", "strategy": "channel"}}
+    config = {**CT, "format": "int-quantized" if kind is np.int8 else "float-quantized", "config_groups": {"g": group},
+              "sparsity_config": {"format": form, "global_sparsity": .5, "sparsity_structure": "2:4", "targets": [], "ignore": []}}
+    folder = checkpoint(tmp_path, under(tensors), config)
+    assert np.array_equal(dense(folder).T, dense_weight.astype(np.float32) * tensors["weight_scale"])
+    assert not qfunc.load(folder).notes and qfunc.interop.inspect(folder).nbytes == sum(t.nbytes for t in tensors.values())
+    one = bits.copy()
+    one[3, 0] ^= 1
+    for name, wrong in (("bitmask", one), ("bitmask", bits[:, :5]), ("compressed", tensors["compressed"][:-1]),
+                        ("shape", np.array([outs, -ins])), ("shape", np.array([outs, 2**40]))):
+        with pytest.raises(CheckpointError):
+            qfunc.load(checkpoint(tmp_path, under({**tensors, name: wrong}), config))
+    with pytest.raises(CheckpointError, match="leaves in float|float layer"):
+        qfunc.load(checkpoint(tmp_path, under(tensors), {**config, "ignore": ["re:.*"]}))
