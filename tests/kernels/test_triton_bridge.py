@@ -185,6 +185,22 @@ def test_a_kernel_that_does_not_compile_says_so():
         _image.compiled(fewer, "sm_90")
 
 
+@needs_triton
+def test_a_kernel_without_a_store_is_an_error(monkeypatch, cache):
+    import triton
+    compile = triton.compile
+
+    def emptied(*args, **options):
+        made = compile(*args, **options)
+        made.asm["ptx"] = re.sub(r"^.*st\.global.*$", "", made.asm["ptx"], flags=re.M)
+        return made
+
+    monkeypatch.setattr(triton, "compile", emptied)
+    with pytest.raises(KernelError, match="scale_rows for sm_90 came out of the compiler without a store"):
+        lowered.lower(toy("sm_90"), *ARRAYS)
+    assert not list(cache.rglob("*.gz"))
+
+
 def test_nothing_is_launched_of_nothing(monkeypatch):
     monkeypatch.setattr(_image, "_compile", lambda program, target: pytest.fail("compiled"))
     empty = jax.ShapeDtypeStruct((0, 100), jnp.bfloat16),
