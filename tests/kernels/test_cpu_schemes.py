@@ -89,7 +89,7 @@ def test_small_float_codes_bit_for_bit(rng, name):
     np.testing.assert_array_equal(native.scale, reference.scale)
 
 
-@pytest.mark.parametrize("name", ["w8a8_dynamic", "fp8_dynamic", "nvfp4"])
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "fp8_dynamic", "fp8_e5m2_dynamic", "fp8", "mxfp8", "mxfp6_a6", "nvfp4"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_activation_codes_are_shared(rng, name, dtype):
     spec = qfunc.scheme(name).activation
@@ -146,7 +146,7 @@ def test_types_and_bias(rng, name, dtype):
         assert relative(*wide) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a16_g128", "w8a8_static", "fp8", "llm_int8"])
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w4a16_g128", "w8a8_static", "fp8", "llm_int8", "nvfp4", "w8a8_dynamic_tensor"])
 def test_stacks_and_batches(rng, name):
     q = quantized(rng, name, 256, 33, (3,)) if "static" not in name else quantized(rng, name, 256, 33)
     x = jnp.asarray(rng.standard_normal((3, 5, 256), np.float32))
@@ -190,6 +190,31 @@ def test_nan_and_infinity_stay_in_their_row(rng, name):
     poisoned = q.replace(scale=q.scale.at[3].set(jnp.nan))
     native, _ = both(qfunc.matmul, x, poisoned)
     assert np.all(np.isnan(np.asarray(native)[:, 3])) and np.all(np.isfinite(np.asarray(native)[0, :3]))
+
+
+@pytest.mark.parametrize("weight", ["w8a16", "w4a16_g32", "w3a16_g64", "w4a16_g64_asym"])
+@pytest.mark.parametrize("kind", ["token", "group"])
+def test_outlier_columns(rng, weight, kind):
+    """LLM.int8 over other weights, the first and the last column among them; NaN is none, infinity is one; both stay in their rows."""
+    granularity = qfunc.scheme("llm_int8").activation.granularity if kind == "token" else qfunc.scheme("w8a8_block").activation.granularity
+    base = qfunc.scheme("llm_int8").replace(name="mixed", weight=qfunc.scheme(weight).weight, activation_granularity=granularity)
+    columns, outs = 320, 37
+    q = qfunc.quantize({"kernel": jnp.asarray(rng.standard_normal((columns, outs), np.float32) / 16)}, base)["kernel"]
+    for rows in (1, 5, 19, 40):
+        x = np.clip(rng.standard_normal((3, rows, columns)), -5, 5).astype(np.float32)
+        x[0, 0, [0, 7, columns - 1]], x[1, -1, 150] = (-30, 6, 200), 40      # every matrix of a batch has outliers of its own
+        told = qfunc.explain(functools.partial(qfunc.matmul, w=q), jnp.asarray(x[0]), platform="cpu")
+        assert [c.implementation for c in told] == ["native"], told
+        native, reference = both(lambda x: jnp.stack([qfunc.matmul(m, q) for m in x]), jnp.asarray(x))
+        np.testing.assert_array_equal(both(jax.vmap(lambda x: qfunc.matmul(x, q)), jnp.asarray(x))[0], native)
+        assert relative(native, reference) <= 1e-5
+        half = [np.asarray(y, np.float32) for y in both(functools.partial(qfunc.matmul, w=q, out_dtype=jnp.bfloat16), jnp.asarray(x[0]))]
+        np.testing.assert_allclose(*half, rtol=2**-7, atol=1e-5 * np.abs(half[1]).max())
+    x[0, 1, 3], x[0, 2, 9] = np.nan, np.inf
+    native, reference = (np.asarray(y) for y in both(qfunc.matmul, jnp.asarray(x[0]), q))
+    keep = [m for m in range(rows) if m not in (1, 2)]
+    assert not np.any(np.isfinite(native[2])) and relative(native[keep], reference[keep]) <= 1e-5
+    np.testing.assert_array_equal(np.isnan(native[1]), np.isnan(reference[1]))
 
 
 def test_refusals_have_reasons(rng):

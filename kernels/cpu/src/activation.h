@@ -63,22 +63,66 @@ inline uint8_t code_of(float value, const FloatFormat& f) {
   return static_cast<uint8_t>(code | static_cast<int32_t>(to_bits(value) >> 31 << f.sign));
 }
 
+inline float two_level(float top, const FloatFormat& f, float outer) {
+  float inner = top / f.largest / outer;
+  inner = inner < 0.001953125f ? 0.001953125f : inner;
+  return nearest(inner, 3, -6, 448.0f) * outer;
+}
+
+inline float power(float top, const FloatFormat& f) {
+  const float v = f.divisor != 1.0f ? top / f.divisor : top;
+  const int32_t e = static_cast<int32_t>((to_bits(v) + static_cast<uint32_t>(f.bump)) >> 23 & 255) - f.emax;
+  const float found = from_bits(static_cast<uint32_t>(e < 1 ? 1 : e > 254 ? 254 : e) << 23), finite = top == 0.0f ? 1.0f : found;
+  return from_bits(to_bits(top) >= 0x7f800000u ? 0x7fc00000u : to_bits(finite));
+}
+
 inline float cell_scale(float top, const FloatFormat& f, float outer) {
   switch (f.rule) {
     case Rule::Amax: return usable(top / f.largest);
     case Rule::Given: return outer;
-    case Rule::Power: {
-      if (to_bits(top) >= 0x7f800000u) return from_bits(0x7fc00000u);
-      if (top == 0.0f) return 1.0f;
-      const float v = f.divisor != 1.0f ? top / f.divisor : top;
-      const int32_t e = static_cast<int32_t>((to_bits(v) + static_cast<uint32_t>(f.bump)) >> 23 & 255) - f.emax;
-      return from_bits(static_cast<uint32_t>(e < 1 ? 1 : e > 254 ? 254 : e) << 23);
-    }
+    case Rule::Power: return power(top, f);
     case Rule::TwoLevel: break;
   }
-  float inner = top / f.largest / outer;
-  inner = inner < 0.001953125f ? 0.001953125f : inner;
-  return nearest(inner, 3, -6, 448.0f) * outer;
+  return two_level(top, f, outer);
+}
+
+// Scales of `count` cells from their largest elements; every rule is a loop of its own, which compilers vectorise.
+inline void cell_scales(const float* top, int64_t count, const FloatFormat& f, float outer, float* s) {
+  if (f.rule == Rule::TwoLevel)
+    for (int64_t i = 0; i < count; ++i) s[i] = two_level(top[i], f, outer);
+  else if (f.rule == Rule::Power)
+    for (int64_t i = 0; i < count; ++i) s[i] = power(top[i], f);
+  else
+    for (int64_t i = 0; i < count; ++i) s[i] = cell_scale(top[i], f, outer);
+}
+
+// `Size` elements of a cell where that is known to the compiler, else 0.
+template <int64_t Size>
+inline void quantize_cells(const float* x, int64_t k, int64_t group, const FloatFormat& f, float clip, float outer, float* scale, uint8_t* codes,
+                           float* values) {
+  constexpr int64_t kCells = 64;
+  float top[kCells], s[kCells];
+  const int64_t size = Size ? Size : group, cells = (k + size - 1) / size;
+  for (int64_t first = 0; first < cells; first += kCells) {
+    const int64_t here = cells - first < kCells ? cells - first : kCells;
+    for (int64_t g = 0; g < here; ++g) {
+      const int64_t start = (first + g) * size, left = k - start;
+      top[g] = (f.rule == Rule::Given ? 0.0f : left >= size ? largest(x + start, size) : largest(x + start, left)) * clip;
+    }
+    cell_scales(top, here, f, outer, s);
+    for (int64_t g = 0; scale && g < here; ++g) scale[first + g] = s[g];
+    for (int64_t g = 0; g < here; ++g) {
+      const int64_t start = (first + g) * size, left = k - start;
+      const auto cell = [&](int64_t count) {
+        if (codes)
+          for (int64_t i = start; i < start + count; ++i) codes[i] = code_of(nearest(x[i] / s[g], f.mantissa, f.exponent, f.largest), f);
+        if (values)
+#pragma GCC ivdep  // values may be x: each is read before it is written, and a test of overlap would choose the slow loop
+          for (int64_t i = start; i < start + count; ++i) values[i] = nearest(x[i] / s[g], f.mantissa, f.exponent, f.largest) * s[g];
+      };
+      left >= size ? cell(size) : cell(left);
+    }
+  }
 }
 
 void quantize_floats(const float* x, int64_t k, int64_t group, const FloatFormat& format, float clip, const float* given, float* scale,
@@ -86,16 +130,9 @@ void quantize_floats(const float* x, int64_t k, int64_t group, const FloatFormat
   const FloatFormat f = format;
   float outer = given ? *given : 1.0f;
   if (f.rule == Rule::TwoLevel && !given) outer = usable(largest(x, k) * clip / (f.largest * 448.0f));
-  for (int64_t start = 0, g = 0; start < k; start += group, ++g) {
-    const int64_t count = k - start < group ? k - start : group;
-    const float s = cell_scale(f.rule == Rule::Given ? 0.0f : largest(x + start, count) * clip, f, outer);
-    if (scale) scale[g] = s;
-    const float* from = x + start;
-    if (codes)
-      for (int64_t i = 0; i < count; ++i) codes[start + i] = code_of(nearest(from[i] / s, f.mantissa, f.exponent, f.largest), f);
-    if (values)
-      for (int64_t i = 0; i < count; ++i) values[start + i] = nearest(from[i] / s, f.mantissa, f.exponent, f.largest) * s;
-  }
+  if (group == 16) quantize_cells<16>(x, k, group, f, clip, outer, scale, codes, values);
+  else if (group == 32) quantize_cells<32>(x, k, group, f, clip, outer, scale, codes, values);
+  else quantize_cells<0>(x, k, group, f, clip, outer, scale, codes, values);
 }
 
 }  // namespace

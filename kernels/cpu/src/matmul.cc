@@ -28,7 +28,7 @@ struct Plan {
   Weight w;
 };
 
-int64_t cost(const Activation& a) { return a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : 2; }  // of an element, about
+int64_t cost(const Activation& a) { return a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : a.mode == Quantize::FloatCodes ? 4 : 2; }  // of an element, about
 
 // The number that each byte stands for; e4m3 has no infinities, the narrower formats have no NaN either.
 std::vector<float> values_of(const FloatFormat& f) {
