@@ -77,6 +77,8 @@ def load_online(path: Path, asked, progress: bool | None) -> Checkpoint:
         if value is not None:
             _put(tree, leaf.path, value)
     rules = ONLINE.get(name, asked)
+    if name in ONLINE and not any("experts" in leaf.path for leaf in plan.leaves):
+        raise ValueError(f"quantize={asked!r} quantizes experts alone, and {path} has none")
     pairs = list(_join(tree, rules if isinstance(rules, Mapping) else {"*": rules}))
     try:
         tree = adapt(tree, model_config(source.config))

@@ -34,16 +34,16 @@ def load_model(path: str | Path, *, mesh=None, dtype=None, quantize=None, cache:
         cache: format of the key/value cache (`qfunc.layers.cache.FORMATS`); by default what the checkpoint has scales for, else float.
         progress: as in `qfunc.load`.
 
-    Returns: `Model`. Raises: CheckpointError for a damaged or unknown checkpoint or architecture; ValueError for rules that do not fit,
+    Returns: `Model`. Raises: CheckpointError for a damaged or unknown checkpoint, architecture or tokenizer, or weights of other shapes
+    than the configuration says; ValueError for rules that do not fit,
     and where `quantize` meets weights that are quantized in another way.
     """
     path = locate(path)
-    if dtype is not None and str(jnp.dtype(DTYPES.get(dtype, dtype))) not in DTYPES.values():
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, found {dtype!r}")
+    asked = None if dtype is None else _dtype(dtype)
     if cache is not None and cache not in FORMATS:
         raise ValueError(f"cache: expected one of {', '.join(FORMATS)}, found {cache!r}")
     checkpoint = load(path, progress=progress) if quantize is None else load_online(path, quantize, progress)
-    name = str(jnp.dtype(DTYPES.get(dtype, dtype) or _own_dtype(checkpoint)))
+    name = asked or _own_dtype(checkpoint)
     fields = {"cache": cache or checkpoint.kv_cache or "float"}
     try:
         config = model_config(checkpoint.config, name, **fields)
@@ -66,7 +66,20 @@ def tokenizer_of(path: Path):
         from tokenizers import Tokenizer
     except ImportError:
         return None
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:                      # tokenizers raises nothing narrower
+        raise CheckpointError(f"{file}: expected a tokenizer as the tokenizers package writes it, found {error}") from error
+
+
+def _dtype(asked) -> str:
+    try:
+        name = str(jnp.dtype(DTYPES.get(asked, asked)))
+    except TypeError:
+        name = None
+    if name not in DTYPES.values():
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, found {asked!r}")
+    return name
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:

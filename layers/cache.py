@@ -78,6 +78,12 @@ def capacity(cache: Mapping) -> int:
     return (layers if isinstance(layers, Mapping) else layers[0])["k"]["codes"].shape[-3]
 
 
+def batch_size(cache: Mapping) -> int:
+    """How many texts a cache is made for."""
+    layers = cache["layers"]
+    return (layers if isinstance(layers, Mapping) else layers[0])["k"]["codes"].shape[-4]
+
+
 def update(entry: Mapping, x, start, name: str, format: str, scales: Mapping):
     """Write new rows and give back all.
 

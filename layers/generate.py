@@ -45,8 +45,8 @@ def row_keys(seed: int | Sequence[int], rows: int):
     Raises: ValueError where there are several and not one per row.
     """
     if isinstance(seed, Sequence | np.ndarray):
-        if len(seed) != rows:
-            raise ValueError(f"seed: expected one number or {rows} of them, found {len(seed)}")
+        if isinstance(seed, str) or len(seed) != rows:
+            raise ValueError(f"seed: expected one number or {rows} of them, found {seed!r}")
         return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed, jnp.uint32))
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
 

@@ -13,7 +13,7 @@ import numpy as np
 import qfunc
 
 from . import decoder
-from .cache import capacity, init_cache
+from .cache import batch_size, capacity, init_cache
 from .config import ModelConfig
 from .generate import generate, padded, unpadded
 from .stack import stack_layers
@@ -54,6 +54,7 @@ class Model:
         Raises: ValueError where the ids are out of range, the cache is full, or padding stands between tokens.
         """
         ids = self._checked(input_ids)
+        self._check_batch(ids.shape[0])
         if mask is not None and cache is not None:
             raise ValueError("mask: expected none with a cache, whose own padding counts (`init_cache(..., pad=)`)")
         pad = None
@@ -62,16 +63,24 @@ class Model:
             pad = jnp.asarray(np.asarray(mask, bool).argmax(1), jnp.int32)
         if cache is None:
             return _forward(self.params, ids, None, pad, apply=self._apply, config=self.config)[0]
-        if int(cache["length"]) + ids.shape[1] > capacity(cache):
-            raise ValueError(f"cache: {int(cache['length'])} of {capacity(cache)} positions are taken, {ids.shape[1]} more do not fit")
+        texts, room = batch_size(cache), capacity(cache)
+        if ids.shape[0] != texts:
+            raise ValueError(f"input_ids: expected the {texts} texts of the cache, found {ids.shape[0]}")
+        if int(cache["length"]) + ids.shape[1] > room:
+            raise ValueError(f"cache: {int(cache['length'])} of {room} positions are taken, {ids.shape[1]} more do not fit")
         return _forward(self.params, ids, cache, None, apply=self._apply, config=self.config)
+
+    def _check_batch(self, texts: int) -> None:
+        shares = 1 if self.mesh is None else self.mesh.shape.get("data", 1)
+        if texts % shares:
+            raise ValueError(f"input_ids: expected a multiple of {shares} texts, as the mesh splits them over its axis data, found {texts}")
 
     def _checked(self, ids):
         ids = np.asarray(ids)
         ids = ids[None] if ids.ndim == 1 else ids
-        if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 2:
-            raise ValueError(f"input_ids: expected integers [batch, tokens], found {ids.dtype} {ids.shape}")
-        if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+        if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 2 or not ids.size:
+            raise ValueError(f"input_ids: expected integers [batch, tokens], at least one, found {ids.dtype} {ids.shape}")
+        if (ids.min() < 0 or ids.max() >= self.config.vocab_size):
             raise ValueError(f"input_ids: expected 0 to {self.config.vocab_size - 1}, found {ids.min()} to {ids.max()}")
         return jnp.asarray(ids, jnp.int32)
 
@@ -97,15 +106,14 @@ class Model:
         single = isinstance(prompt, str) or (not texts and len(np.shape(prompt[0] if len(prompt) else prompt)) == 0)
         rows = [prompt] if single else list(prompt)
         if texts:
-            if self.tokenizer is None:
-                raise ValueError("generate: this model has no tokenizer; pass token ids")
-            rows = [self.tokenizer.encode(row).ids for row in rows]
+            rows = [self._encode(row) for row in rows]
         if mask is not None:
             rows = unpadded(prompt, mask)
         if not rows or min(len(row) for row in rows) == 0:
             raise ValueError("generate: expected prompts of at least one token, found an empty one")
         for row in rows:
             self._checked(row)
+        self._check_batch(len(rows))
         ids, pad = padded(rows)
         pieces = generate(self._apply, self.params, ids, self.config, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                           seed=seed, chunk=CHUNK if stream else max_new_tokens, pad=pad)
@@ -153,15 +161,28 @@ class Model:
     def quantize(self, rules, calibration: Iterable | None = None, **options) -> Model:
         """A model whose weights are quantized by `qfunc.quantize(params, rules)`; this one stays as it is.
 
-        Arguments: `calibration`, batches of token ids [B, T] (or statistics of `qfunc.calibrate`), which static schemes need; `options`
-        of `qfunc.quantize`.
+        Arguments: `calibration`, batches of token ids [B, T] or [T], or texts where there is a tokenizer (or statistics of
+        `qfunc.calibrate`), which static schemes need; `options` of `qfunc.quantize`.
+        Raises: ValueError as `qfunc.quantize`, and where every weight that the rules name is packed already.
         """
         if self.mesh is not None:
             raise ValueError("quantize: this model is split over a mesh; quantize it before, or load it with quantize=")
         if calibration is not None and not isinstance(calibration, dict):
-            batches = ((self._checked(ids),) for ids in calibration)
+            batches = ((self._checked(self._encode(ids) if isinstance(ids, str) else ids),) for ids in calibration)
             calibration = qfunc.calibrate(lambda params, ids: decoder.apply(params, ids, None, self.config)[0], self.params, batches)
-        return Model(qfunc.quantize(self.params, rules, calibration=calibration, **options), self.config, self.tokenizer, notes=self.notes)
+        params = qfunc.quantize(self.params, rules, calibration=calibration, **options)
+        if self._schemes() and jax.tree.structure(params) == jax.tree.structure(self.params):
+            raise ValueError(f"quantize: the weights are packed already ({', '.join(self._schemes())}); start from a float model, or load "
+                             "the checkpoint with quantize=")
+        return Model(params, self.config, self.tokenizer, notes=self.notes)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; pass token ids")
+        return self.tokenizer.encode(text).ids
+
+    def _schemes(self) -> list[str]:
+        return sorted({leaf.scheme.name for leaf in jax.tree.leaves(self.params, is_leaf=_packed) if _packed(leaf)})
 
     @property
     def nbytes(self) -> int:
@@ -169,9 +190,8 @@ class Model:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     def __repr__(self) -> str:
-        schemes = {leaf.scheme.name for leaf in jax.tree.leaves(self.params, is_leaf=_packed) if _packed(leaf)}
         return (f"Model({self.config.family}, {self.config.num_hidden_layers} layers of {self.config.hidden_size}, "
-                f"{self.nbytes / 1e6:.1f} MB, {', '.join(sorted(schemes)) or self.config.dtype})")
+                f"{self.nbytes / 1e6:.1f} MB, {', '.join(self._schemes()) or self.config.dtype})")
 
 
 def _packed(leaf) -> bool:

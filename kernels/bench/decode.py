@@ -1,10 +1,11 @@
 """Decoding speed of a random model in the shape of Qwen2.5-0.5B: schemes against floating point, the memory floor and transformers.
 
-    python kernels/bench/decode.py [--layers 24] [--tokens 64] [--schemes w4a16_g128,w8a8_dynamic] [--torch] [--scan]
+    python kernels/bench/decode.py [--layers 24] [--tokens 64] [--schemes w4a16_g128,w8a8_dynamic] [--peers] [--scan]
 
 Prints, in one run on one machine: tokens per second (median of rounds, prompt of 16 tokens, batch 1), compile time, bytes read per token,
-the floor (those bytes over the measured read bandwidth) and the ratios to float32 and to the floor. `--scan` runs the layers under
-`lax.scan` over stacked weights as well: a scan slices every weight out of its stack, which costs a copy.
+the floor (those bytes over the measured read bandwidth) and the ratios to float32 and to the floor; then transformers on torch with
+random weights of the same shape and its own cache, in float32 and bfloat16, where both are installed (`--no-peers` leaves them out).
+`--scan` runs the layers under `lax.scan` over stacked weights as well: a scan slices every weight out of its stack, which costs a copy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +81,8 @@ def measure(model: Model, tokens: int, rounds: int) -> tuple[float, float]:
     return tokens / seconds, first - seconds
 
 
-def torch_speed(config, layers: int, tokens: int, dtype: str) -> float:
-    """Tokens per second of transformers' Qwen2 on torch with its own cache."""
+def torch_speed(layers: int, tokens: int, rounds: int, dtype: str) -> tuple[float, int]:
+    """(tokens per second, bytes of its parameters) of transformers' Qwen2 on torch: the time of a long answer less that of one token."""
     import torch
     import transformers
     made = transformers.Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "model_type"}, num_hidden_layers=layers)
@@ -93,7 +95,8 @@ def torch_speed(config, layers: int, tokens: int, dtype: str) -> float:
             model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
             return time.perf_counter() - start
         once(2)
-        return (tokens - 1) / (once(tokens) - once(1))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        return statistics.median((tokens - 1) / (once(tokens) - once(1)) for _ in range(rounds)), size
 
 
 def main() -> None:
@@ -103,7 +106,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--schemes", default="w4a16_g128,w8a8_dynamic")
-    parser.add_argument("--torch", action="store_true", help="also transformers on torch, where both are installed")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True,
+                        help="transformers on torch, where both are installed")
     parser.add_argument("--scan", action="store_true", help="also with the layers under lax.scan")
     args = parser.parse_args()
     config = model_config({**SHAPE, "num_hidden_layers": args.layers})
@@ -113,13 +117,15 @@ def main() -> None:
     print(f"{'weights':24s} {'MB':>7s} {'tokens/s':>9s} {'floor':>8s} {'of floor':>8s} {'x float32':>9s} {'compile s':>9s}")
     base = None
 
-    def row(name, packed, config, scan=False):
+    def show(name, size, rate, compiling=""):
         nonlocal base
+        base, floor = base or rate, speed / size
+        print(f"{name:24s} {size / 1e6:7.0f} {rate:9.2f} {floor:8.1f} {rate / floor:8.2f} {rate / base:9.2f} {compiling:>9}", flush=True)
+
+    def row(name, packed, config, scan=False):
         model = Model(packed, config)
         rate, compiling = measure(model.stacked() if scan else model, args.tokens, args.rounds)
-        base = base or rate
-        size, floor = model.nbytes, speed / model.nbytes
-        print(f"{name:24s} {size / 1e6:7.0f} {rate:9.2f} {floor:8.1f} {rate / floor:8.2f} {rate / base:9.2f} {compiling:9.1f}", flush=True)
+        show(name, model.nbytes, rate, f"{compiling:.1f}")
 
     half = config.replace(dtype="bfloat16")
     row("float32", jax.tree.map(jnp.asarray, params), config)
@@ -131,10 +137,12 @@ def main() -> None:
         row(scheme, packed, config)
         if args.scan:
             row(f"{scheme}, scan", packed, config, scan=True)
-    if args.torch:
-        for dtype in ("float32", "bfloat16"):
-            rate = torch_speed(config, args.layers, args.tokens, dtype)
-            print(f"{'transformers ' + dtype:24s} {'':7s} {rate:9.2f} {'':8s} {'':8s} {rate / base:9.2f}", flush=True)
+    absent = [name for name in ("torch", "transformers") if args.peers and find_spec(name) is None]
+    if absent:
+        print(f"not installed: {', '.join(absent)}")
+    for dtype in ("float32", "bfloat16") if args.peers and not absent else ():
+        rate, size = torch_speed(args.layers, args.tokens, args.rounds, dtype)
+        show(f"transformers, {dtype}", size, rate)
 
 
 if __name__ == "__main__":

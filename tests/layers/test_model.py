@@ -76,9 +76,11 @@ def test_a_float_model_computes_and_generates(dense):
     np.testing.assert_allclose(np.concatenate([half, rest], 1), logits, atol=1e-5)
     with pytest.raises(ValueError, match="9 of 9 positions"):
         model(IDS[:, :1], cache)
-    for ids in ([[64]], [[-1]], [[0.5]]):
+    for ids in ([[64]], [[-1]], [[0.5]], [[]]):
         with pytest.raises(ValueError, match="input_ids"):
             model(ids)
+    with pytest.raises(ValueError, match="the 1 texts of the cache, found 2"):
+        model(IDS, model.init_cache(1, 9))
 
     new = model.generate(IDS, max_new_tokens=6)
     best = np.asarray(model(np.concatenate([IDS, new], 1))).argmax(-1)[:, 8:-1]
@@ -131,6 +133,8 @@ def test_rules_of_online_methods(moe, dense):
     assert not isinstance(experts["self_attn"]["q_proj"]["kernel"], qfunc.QTensor)
     with pytest.raises(ValueError, match="no scheme"):
         qfunc.load_model(dense, quantize="w9a9")
+    with pytest.raises(ValueError, match="experts alone"):
+        qfunc.load_model(dense, quantize="nvfp4_online")
     qfunc.interop.save_native(dense.parent / "packed", qfunc.load_model(dense, quantize="w8a16").params, CONFIG)
     again = qfunc.load_model(dense.parent / "packed")
     np.testing.assert_array_equal(again(IDS), qfunc.load_model(dense, quantize="w8a16")(IDS))
@@ -142,6 +146,10 @@ def test_static_schemes_take_ids_as_calibration(dense):
     assert relative(static(IDS), plain(IDS)) < 0.05
     with pytest.raises(ValueError, match="calibration"):
         plain.quantize("w8a8_static")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        plain.quantize("w8a8_static", calibration=["a text"])
+    with pytest.raises(ValueError, match=r"packed already \(w8a8_static\)"):
+        static.quantize("w4a16_g128")
 
 
 @pytest.mark.parametrize("form", [name for name in FORMATS if name != "float"])
@@ -170,14 +178,40 @@ def test_bfloat16_and_refusals(dense, tmp_path):
     model = qfunc.load_model(dense, dtype="bfloat16", quantize="w8a8_dynamic")
     assert model(IDS).dtype == jnp.bfloat16
     assert relative(model(IDS).astype(jnp.float32), qfunc.load_model(dense)(IDS)) < 0.06
-    with pytest.raises(ValueError, match="dtype"):
-        qfunc.load_model(dense, dtype="int8")
+    for dtype in ("int8", "nonsense"):
+        with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16"):
+            qfunc.load_model(dense, dtype=dtype)
     with pytest.raises(ValueError, match="fp8_e4m3_token"):
         qfunc.load_model(dense, cache="int3")
     other = checkpoint(tmp_path / "m", tensors(CONFIG), config={**CONFIG, "model_type": "falcon"})
     with pytest.raises(qfunc.CheckpointError, match="falcon"):
         qfunc.load_model(other)
     assert model_config(CONFIG).windows == (None, None)
+
+
+@pytest.mark.parametrize(("changes", "found"), [
+    ({"hidden_size": 64}, r"layers/0/self_attn/q_proj: expected \(64, 128\) .* found \(128, 128\)"),
+    ({"head_dim": 16}, r"layers/0/self_attn/q_proj: expected \(128, 64\)"),
+    ({"num_key_value_heads": 4}, r"layers/0/self_attn/k_proj: expected \(128, 128\) .* found \(128, 64\)"),
+    ({"vocab_size": 65}, "embed_tokens: expected vocab_size 65 by hidden_size 128, found 64 by 128"),
+    ({"num_hidden_layers": 3}, "model/layers/2: expected 3 layers, found 2"),
+    (None, "config.json .* found none"),
+])
+@pytest.mark.parametrize("quantize", [None, "w8a16"])
+def test_weights_and_configuration_that_do_not_fit(tmp_path, changes, found, quantize):
+    folder = checkpoint(tmp_path / "m", tensors(CONFIG), config={**CONFIG, **(changes or {})})
+    if changes is None:
+        (folder / "config.json").unlink()
+    with pytest.raises(qfunc.CheckpointError, match=found):
+        qfunc.load_model(folder, quantize=quantize)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    pytest.importorskip("tokenizers")
+    folder = checkpoint(tmp_path / "m", tensors(CONFIG), config=CONFIG)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(qfunc.CheckpointError, match="tokenizer.json"):
+        qfunc.load_model(folder)
 
 
 def test_experts_of_different_schemes_give_the_numbers_of_a_stack(moe):
@@ -276,24 +310,6 @@ def test_logits_of_recorded_checkpoints(name):
     assert relative(got, want) < float(recorded["tolerance"])
 
 
-@pytest.mark.slow
-@pytest.mark.fixtures
-@pytest.mark.filterwarnings("ignore")
-def test_activations_per_tensor_equal_torchaos_own_forward():
-    # The recorded logits are of a bfloat16 forward, whose rounding is larger than what is looked for here.
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    pytest.importorskip("torchao")
-    root = archive()
-    if root is None:
-        pytest.skip("no recorded checkpoints")
-    folder = root / "torchao-fp8dq-pertensor"
-    ids = np.load(folder / "reference.npz")["input_ids"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        want = theirs(torch.tensor(ids).long()).logits.numpy()
-    assert relative(qfunc.load_model(folder, dtype="float32")(ids), want) < 1e-5
-
-
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_prompts_of_different_lengths_do_not_see_their_padding(kind, request):
     rng = np.random.default_rng(3)
@@ -302,14 +318,16 @@ def test_prompts_of_different_lengths_do_not_see_their_padding(kind, request):
     model.config = model.config.replace(eos=())
     alone = [model.generate(row, max_new_tokens=5) for row in rows]
     np.testing.assert_array_equal(model.generate(rows, max_new_tokens=5), alone)
-    whole = [model(np.pad(row, (0, 9 - len(row))))[0, :len(row)] for row in rows]
+    # Logits with a cache in floating point: the last bit of a key, which the batch may decide, moves codes of a rounded one.
+    plain = Model(model.params, model.config.replace(cache="float"))
+    whole = [plain(np.pad(row, (0, 9 - len(row))))[0, :len(row)] for row in rows]
     for front in (True, False):
         ids, mask = np.zeros((2, 9), int), np.zeros((2, 9), int)
         for i, row in enumerate(rows):
             where = slice(9 - len(row), 9) if front else slice(0, len(row))
             ids[i, where], mask[i, where] = row, 1
         np.testing.assert_array_equal(model.generate(ids, max_new_tokens=5, mask=mask), alone)
-        logits = model(ids, mask=mask)
+        logits = plain(ids, mask=mask)
         for i, want in enumerate(whole):
             np.testing.assert_allclose(logits[i][mask[i] == 1], want, atol=1e-4)
     mask[0] = [1, 0, 1, 0, 0, 0, 0, 0, 0]

@@ -1,5 +1,6 @@
 """A decoder split over simulated devices gives the logits of one device, and its packed weights stay where they are."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from checkpoints import sampled
 from jax.sharding import Mesh
 
 import qfunc
@@ -114,23 +116,27 @@ def test_generation_and_texts_split_over_devices():
             model.quantize("w8a16")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16_g128"])
-def test_packed_weights_are_never_gathered(scheme):
-    params, config = case("moe")
-    mesh = mesh_of(2)
-    packed = place(qfunc.quantize(params, scheme), config, mesh)
+@pytest.mark.parametrize("name", sampled([f"{found}-{axis}-{scheme}" for found, axis in CASES for scheme in SCHEMES],
+                                         "moe-tp-w8a8_dynamic", "moe-tp-w4a16_g128"))
+def test_packed_weights_are_never_gathered(name):
+    found, axis, scheme = name.split("-")
+    params, config = case(found)
+    mesh = mesh_of(2, axis)
+    model = Model(params, config).quantize(scheme, calibration=[IDS] if "static" in scheme else None)
+    packed = place(model.params, config, mesh)
     run = parallel_apply(mesh, packed, config)
     text = jax.jit(lambda params, ids: run(params, ids, None, config)[0]).lower(packed, IDS).compile().as_text()
     moved = [line for line in text.splitlines() if any(f"{op}(" in line or f"{op}-start(" in line for op in (
         "all-gather", "all-to-all", "collective-permute", "all-reduce"))]
     assert moved and all("all-reduce" in line for line in moved)
     assert not any(kind in line.split("all-reduce")[0] for line in moved for kind in ("u8[", "s8[", "f8e"))
-    experts = packed["model"]["layers"]["0"]["mlp"]["experts"]
-    shares = [leaf.addressable_shards[0].data.nbytes / leaf.nbytes for leaf in jax.tree.leaves(experts) if leaf.dtype.itemsize == 1]
+    mlp = packed["model"]["layers"]["0"]["mlp"]
+    shares = [leaf.addressable_shards[0].data.nbytes / leaf.nbytes for leaf in jax.tree.leaves(mlp.get("experts", mlp))
+              if leaf.dtype.itemsize == 1]
     assert shares and all(share == 0.5 for share in shares)
 
 
-def test_splits_that_cut_a_group_are_refused():
+def test_splits_that_cut_a_group_or_a_batch_are_refused():
     params, config = case("dense")
     small = {**DENSE, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -152,6 +158,10 @@ def test_splits_that_cut_a_group_are_refused():
     with pytest.raises(ValueError, match="models with experts"):
         shardings(params, config, Wide(ep=2))
     assert shardings(params, config, Wide(tp=8))
+    model = Model(params, config, mesh=Mesh(mesh_of(2).devices.reshape(2, 1), ("data", "tp")))
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="multiple of 2 texts, as the mesh splits them over its axis data, found 1"):
+            run(IDS[:1])
 
 
 def test_blocks_wider_than_a_device_keep_their_scale():
@@ -181,7 +191,9 @@ def sweep() -> None:
 def in_process(script: str, path, *args: str) -> subprocess.Popen:
     path.write_text(textwrap.dedent(script))
     here = __file__.rpartition("/")[0]
-    return subprocess.Popen([sys.executable, str(path), here, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([f"{here}/../support", *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen([sys.executable, str(path), here, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": paths})
 
 
 EIGHT = """
