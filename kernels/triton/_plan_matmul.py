@@ -203,9 +203,10 @@ def largest_tile(call: Call, target: Target, swapped: bool = True) -> tuple[int,
     fresh, decoded = scaled or dot in ("e4m3", "e5m2"), dot not in ("s8", "e4m3", "e5m2")
     hopper, later = target.arch == 90, target.backend == "cuda" and target.arch > 90
     tight = not hopper and fresh and (decoded or target.backend == "hip") or later and scaled
-    whole_step = tight and swapped and decoded and target.backend == "cuda" and code(call.packed.scheme.weight.code).bits == 8
+    bits = code(call.packed.scheme.weight.code).bits
+    whole_step = tight and swapped and decoded and target.backend == "cuda" and bits == 8
     # Of products of 16 contracted elements in larger tiles, Triton 3.6 makes an empty kernel on sm_100; others spill.
-    short = not hopper and smallest < 32 or later and smallest < STEP and call.quantized
+    short = not hopper and (smallest < 32 or smallest < STEP and call.quantized and (later or bits not in (4, 8)))
     largest = 64 * 64 if whole_step or short else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded or smallest < STEP else 64 * 128
