@@ -122,6 +122,7 @@ def ort_peers(w):
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=9)
         options = ort.SessionOptions()
         options.intra_op_num_threads = os.cpu_count()
+        options.add_session_config_entry("session.force_spinning_stop", "1")    # or its threads take a core from whoever comes next
         run = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
         def bind(x):
