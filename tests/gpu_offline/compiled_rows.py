@@ -202,7 +202,8 @@ EXCEPTIONS: tuple[Known, ...] = (
     Known("*-w?a8_*-sm_100", _OLDER, instruction=r"^mma\..*s8\.s8"),
     Known("table-sm_100-*/int8-*", _OLDER, instruction=r"^mma\..*s8\.s8"),
     *(Known(rows, "one register waits in memory while the loop runs, which neither reads nor writes it", spills=8)
-      for rows in ("dense-w4a8_dynamic_g128_asym-64x*-sm_100", "dense-w4a8_dynamic_g128_asym-64x*-sm_89", "dense-w8a16_asym-64x*-sm_89")),
+      for rows in (*(f"dense-w4a8_dynamic_g128_asym-64x*x24576-*-{target}" for target in ("sm_86", "sm_89", "sm_100", "sm_120")),
+                   *(f"dense-w8a16_asym-64x*x24576-*-{target}" for target in ("sm_86", "sm_89")))),
 )
 
 
