@@ -75,22 +75,24 @@ void int_stream_rows(const Product& p, int64_t n0, int64_t n1) {
   }
 }
 
+// Whole bytes take so little work that two rows of w were computed faster than their prefetches were accepted.
 template <int Bits, bool Flip = false>
 void int_stream_bits(const Product& p, int64_t n0, int64_t n1) {
-  if (p.x.rows == 1) int_stream_rows<Bits, Flip, 1, 2>(p, n0, n1);
-  else if (p.x.rows == 2) int_stream_rows<Bits, Flip, 2, 2>(p, n0, n1);
-  else if (p.x.rows <= 4) int_stream_rows<Bits, Flip, 4, 2>(p, n0, n1);
-  else int_stream_rows<Bits, Flip, 8, 2>(p, n0, n1);
+  constexpr int NR = Bits == 8 ? 4 : 2;
+  if (p.x.rows == 1) return int_stream_rows<Bits, Flip, 1, NR>(p, n0, n1);
+  if (p.x.rows == 2) return int_stream_rows<Bits, Flip, 2, NR>(p, n0, n1);
+  if (p.x.rows <= 4) return int_stream_rows<Bits, Flip, 4, NR>(p, n0, n1);
+  if constexpr (Bits < 8) int_stream_rows<Bits, Flip, 8, NR>(p, n0, n1);
 }
 
 }  // namespace
 
 namespace avx512 {
 
-
-// With several segments more than four rows do not leave registers for both of their sums, and panels are faster.
+// More than four rows leave no registers for the sums of several segments, or of four rows of w; panels are faster then.
 bool int_stream_ok(const Product& p) {
-  return p.x.zero == nullptr && (p.x.sum_segments == 1 || (p.segment % kBlock == 0 && p.x.rows <= 4));
+  if (p.x.zero != nullptr) return false;
+  return p.x.rows <= 4 ? p.x.sum_segments == 1 || p.segment % kBlock == 0 : p.x.sum_segments == 1 && p.w->lowbits() < 8;
 }
 
 void int_stream(const Product& p, int64_t n0, int64_t n1) {

@@ -295,6 +295,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     if (slice.rows == 0) continue;
     Plan p{slice, false, 0, 0, 0, 0, 0, 0, -1, 0, a.threshold > 0 ? &common.columns[i] : &no_columns, matrices.at(slice.matrix)};
     Product probe{};
+    probe.w = &p.w;
     probe.x.zero = a.zero;
     probe.x.rows = slice.rows;
     probe.x.sum_segments = job.segments;
