@@ -203,7 +203,8 @@ EXCEPTIONS: tuple[Known, ...] = (
     Known("table-sm_100-*/int8-*", _OLDER, instruction=r"^mma\..*s8\.s8"),
     *(Known(rows, "one register waits in memory while the loop runs, which neither reads nor writes it", spills=8)
       for rows in (*(f"dense-w4a8_dynamic_g128_asym-64x*x24576-*-{target}" for target in ("sm_86", "sm_89", "sm_100", "sm_120")),
-                   *(f"dense-w8a16_asym-64x*x24576-*-{target}" for target in ("sm_86", "sm_89")))),
+                   *(f"dense-w8a16_asym-64x*x24576-*-{target}" for target in ("sm_86", "sm_89")),
+                   "grouped-mxfp4_a16-64x2048x1536-*-sm_120")),
 )
 
 
