@@ -192,6 +192,18 @@ def test_nan_and_infinity_stay_in_their_row(rng, name):
     assert np.all(np.isnan(np.asarray(native)[:, 3])) and np.all(np.isfinite(np.asarray(native)[0, :3]))
 
 
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_scale_over_all_rows_is_spoilt_by_any_of_them(rng, name, bad):
+    """Rows are looked at in several tasks; whichever has the number, in front or behind, no row is finite in the reference."""
+    q = quantized(rng, name, 256, 33)
+    for rows in (3, 700):
+        for row in (0, rows // 2, rows - 1):
+            x = jnp.asarray(rng.standard_normal((rows, 256), np.float32)).at[row, 7].set(bad)
+            for result in both(qfunc.matmul, x, q):
+                assert not np.isfinite(np.asarray(result)).any(), (rows, row)
+
+
 @pytest.mark.parametrize(("weight", "kind"), [("w8a16", "token"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
     ("w8a16", "group"), ("w4a16_g32", "token"), ("w4a16_g32", "group"), ("w3a16_g64", "token"), ("w4a16_g64_asym", "group")))])
 def test_outlier_columns(rng, weight, kind):
