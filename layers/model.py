@@ -80,7 +80,7 @@ class Model:
         ids = ids[None] if ids.ndim == 1 else ids
         if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 2 or not ids.size:
             raise ValueError(f"input_ids: expected integers [batch, tokens], at least one, found {ids.dtype} {ids.shape}")
-        if (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise ValueError(f"input_ids: expected 0 to {self.config.vocab_size - 1}, found {ids.min()} to {ids.max()}")
         return jnp.asarray(ids, jnp.int32)
 
