@@ -26,7 +26,10 @@ import numpy as np
 import qfunc
 from qfunc.kernels.cpu import _library
 
-SCHEMES = ("w8a8_dynamic", "w8a16", "w4a16_g128", "w4a8_dynamic", "mxfp4_a16", "nvfp4_a16", "nf4")
+SCHEMES = ("w8a8_dynamic", "w8a16", "w4a16_g128", "w4a8_dynamic", "mxfp4_a16", "nvfp4_a16", "nf4", "fp8_dynamic", "mxfp8",
+           "mxfp4", "nvfp4")
+KINDS = ("float32", "int8", "bf16")
+"""What is multiplied, as the library numbers it."""
 SHAPES = {"4096x4096": (4096, 4096), "qwen3-8b qkv": (4096, 6144), "qwen3-8b o": (4096, 4096), "qwen3-8b gate_up": (4096, 24576),
           "qwen3-8b down": (12288, 4096), "qwen3-30b-a3b expert": (2048, 1536)}
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -201,19 +204,20 @@ def read_bandwidth(library) -> float:
     return count * size / best
 
 
-def peaks(library) -> dict[bool, float]:
-    """Multiply-adds per second of all cores, by whether they are of integers: the instruction that the kernels use, from registers."""
+def peaks(library) -> dict[str, float]:
+    """Multiply-adds per second of all cores by what is multiplied: the instruction that the kernels use, from registers."""
     library.qfunc_peak.restype = ctypes.c_double
     library.qfunc_peak.argtypes = (ctypes.c_int, ctypes.c_int64)
     count, found = os.cpu_count(), {}
-    for integer in (False, True):
+    for number, kind in enumerate(KINDS):
         rates = []
         with ThreadPoolExecutor(count) as pool:
             for _ in range(12):
                 start = time.perf_counter()
-                done = sum(pool.map(lambda _: library.qfunc_peak(integer, 2_000_000), range(count)))  # noqa: B023
+                done = sum(pool.map(lambda _: library.qfunc_peak(number, 2_000_000), range(count)))  # noqa: B023
                 rates.append(done / (time.perf_counter() - start))
-        found[integer] = max(rates)
+        found[kind] = max(rates)
+    found["bf16"] = found["bf16"] or found["float32"]      # without its own instruction they are multiplied as float32
     return found
 
 
@@ -240,7 +244,7 @@ def main():
     library = ctypes.CDLL(str(_library._find()))
     bandwidth, peak = read_bandwidth(library), peaks(library)
     print(f"{_library.isa()}, {os.cpu_count()} cores, {bandwidth / 1e9:.1f} GB/s read, peak of products "
-          f"{peak[True] / 1e9:.0f} (int8) and {peak[False] / 1e9:.0f} (float32) GMAC/s\n")
+          f"{', '.join(f'{rate / 1e9:.0f} ({kind})' for kind, rate in peak.items())} GMAC/s\n")
     missing: set[str] = set()
     for shape in options.shapes.split(","):
         columns, outs = SHAPES[shape]
@@ -250,14 +254,19 @@ def main():
         for rows in map(int, options.rows.split(",")):
             x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, columns), np.float32))
             times = turns({name: bind(x) for name, bind in candidates.items()}, options.repeats, missing)
-            floors = {name: max(size / bandwidth, rows * columns * outs / peak[_integer(name)]) for name, size in sizes.items()}
+            floors = {name: max(size / bandwidth, rows * columns * outs / peak[_kind(name)]) for name, size in sizes.items()}
             report(shape, rows, times, floors)
     if missing:
         print("\nnot measured:", "; ".join(sorted(missing)))
 
 
-def _integer(name: str) -> bool:
-    return name in SCHEMES and qfunc.scheme(name).activation is not None
+def _kind(name: str) -> str:
+    """What a scheme multiplies, one of `KINDS`."""
+    made = qfunc.scheme(name) if name in qfunc.schemes else None
+    if made is None or made.activation is None:
+        return "float32"
+    codes = {made.weight.code, made.activation.code}
+    return "int8" if codes <= {"fp4_e2m1"} or codes <= {"fp6_e2m3"} or all("int" in code for code in codes) else "bf16"
 
 
 def report(shape: str, rows: int, times: dict[str, list[float]], floors: dict[str, float]):

@@ -40,5 +40,5 @@ def load() -> tuple[str | None, str | None]:
 
 
 def isa() -> str | None:
-    """The instruction set of the native kernels (`avx512`, `avx2`, `i8mm`, `neon`, `generic`), or None where there are none."""
+    """The instruction set of the native kernels, as `QFUNC_CPU_ISA` names it, or None where there are none."""
     return load()[0]

@@ -17,7 +17,7 @@ from qfunc.kernels.cpu import _library
 
 native = pytest.mark.skipif(_library.isa() is None, reason=f"no native kernels: {_library.load()[1]}")
 CHECK = Path(__file__).resolve().parents[2] / "kernels" / "cpu" / "check"
-X86 = ("avx512", "avx2", "generic")
+X86 = ("avx512bf16", "avx512", "avx2", "generic")
 ARM = ("i8mm", "neon", "generic")
 
 PROGRAM = """
@@ -30,8 +30,8 @@ if isa is None:
 assert isa == sys.argv[1], isa
 rng = np.random.default_rng(int(sys.argv[2]))
 names = ("w8a8_dynamic", "w4a8_dynamic_g128", "w3a16_g32", "w8a16_asym", "nvfp4_a16", "mxfp6_a16", "fp8_w8a16", "nf4_dq",
-             "w5a16", "w8a8_static_asym", "fp8_dynamic", "nvfp4")
-for name in rng.choice(names, 4, replace=False).tolist():
+             "w5a16", "w8a8_static_asym", "fp8_dynamic", "nvfp4", "mxfp8", "mxfp6_a6", "mxfp4")
+for name in rng.choice(names, 5, replace=False).tolist():
     w = jnp.asarray(rng.standard_normal((384, 43)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((int(rng.choice([1, 3, 21])), 384)), jnp.float32)
     q = qfunc.quantize({"kernel": w}, name, calibration={"kernel": x})["kernel"]

@@ -192,6 +192,39 @@ def test_nan_and_infinity_stay_in_their_row(rng, name):
     assert np.all(np.isnan(np.asarray(native)[:, 3])) and np.all(np.isfinite(np.asarray(native)[0, :3]))
 
 
+@pytest.mark.parametrize("name", ["fp8_dynamic", "fp8_e5m2_dynamic", "mxfp8", "mxfp6", "mxfp6_a6", "mxfp4", "mxfp4_a8", "nvfp4_token"])
+def test_small_floats_keep_nan_and_infinity_in_their_row(rng, name):
+    """Also where both sides are multiplied as whole numbers, which have no NaN: the scale carries it."""
+    q = quantized(rng, name, 256, 33)
+    for rows in (3, 20):
+        x = jnp.asarray(rng.standard_normal((rows, 256), np.float32)).at[1, 7].set(jnp.nan).at[2, 9].set(jnp.inf)
+        native, reference = (np.asarray(y) for y in both(qfunc.matmul, x, q))
+        np.testing.assert_array_equal(np.isnan(native), np.isnan(reference))
+        finite = np.isfinite(reference)
+        assert not finite[1].any() and finite[0].all()
+        assert relative(native[finite], reference[finite]) < 1e-5
+
+
+@pytest.mark.parametrize("group", [16, 32, 128, 256, 20, *(pytest.param(g, marks=pytest.mark.slow) for g in (64, 512, 96))])
+@pytest.mark.parametrize(("weight", "activation"), [
+    ("w8a8_dynamic", "w8a8_block"), ("w4a16_g32_asym", "w8a8_dynamic"), ("fp8_dynamic", "fp8_block"), ("mxfp4", "mxfp4"),
+    ("mxfp6_a6", "mxfp8")])
+def test_segments_of_any_length(rng, group, weight, activation):
+    """Groups on both sides, equal ones and ones of 64 within larger ones, over a K that ends within a tile."""
+    columns, outs, own = group * max(3, 640 // group | 1), 29, 64 if group in (256, 512) else group
+    base, other = qfunc.scheme(weight), qfunc.scheme(activation).activation
+    if other.granularity.kind != "token":
+        other = dataclasses.replace(other, granularity=qfunc.Granularity("group", own))
+    grouped = dataclasses.replace(base.weight, granularity=qfunc.Granularity("group", group))
+    made = base.replace(name="mixed", weight=grouped, activation=other)
+    q = qfunc.quantize({"kernel": jnp.asarray(rng.standard_normal((columns, outs), np.float32) / 16)}, made)["kernel"]
+    for rows in (7, 40):
+        x = jnp.asarray(rng.standard_normal((rows, columns), np.float32))
+        told = qfunc.explain(functools.partial(qfunc.matmul, w=q), x, platform="cpu")
+        assert [c.implementation for c in told] == ["native"], told
+        assert relative(*both(qfunc.matmul, x, q)) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_scale_over_all_rows_is_spoilt_by_any_of_them(rng, name, bad):

@@ -18,9 +18,9 @@ for source in ../src/matmul.cc ../src/select.cc ../src/isa_generic.cc standalone
 case $("$compiler" -dumpmachine) in
 x86_64*)
   unit ../src/isa_avx2.cc -mavx2 -mfma -mf16c "$@"
-  for source in isa_avx512 isa_avx512_stream isa_avx512_stream_int isa_avx512_tile isa_avx512_tile_int; do
-    unit ../src/$source.cc -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512 "$@"
-  done ;;
+  avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+  for source in isa_avx512 isa_avx512_stream isa_avx512_stream_int isa_avx512_tile isa_avx512_tile_int; do unit ../src/$source.cc $avx512 "$@"; done
+  unit ../src/isa_avx512_tile_half.cc $avx512 -mavx512bf16 -mavx512vbmi "$@" ;;
 aarch64*)
   unit ../src/isa_neon.cc -march=armv8.2-a+dotprod "$@"
   unit ../src/isa_neon_i8mm.cc -march=armv8.2-a+dotprod+i8mm "$@" ;;

@@ -1,7 +1,8 @@
 // The kernels without XLA or Python: every code, granularity and zero point on odd shapes against sums in double precision.
 // For cross-compiled targets under an emulator, for the sanitizers, and (with an argument) for a profiler:
 //   standalone                       checks; exits 1 at the first product that differs
-//   standalone M K N code group int [f32|e4m3|e8m0 [threads]]  repeats one product for a second, each time with other weights
+//   standalone M K N code group mode [f32|e4m3|e8m0 [threads]]  repeats one product for a second, each time with other weights;
+//   modes: 0 float activations, 1 int8, 2 to 6 small floats in the order of kFormats
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -34,7 +35,13 @@ const Element kElements[] = {
     {"int8", Code::Int8, 8, 0},      {"uint8", Code::UInt8, 8, 0},    {"int2", Code::Packed, 2, 2},   {"int3", Code::Packed, 3, 4},
     {"int4", Code::Packed, 4, 8},    {"int5", Code::Packed, 5, 16},   {"int6", Code::Packed, 6, 32},  {"int7", Code::Packed, 7, 64},
     {"uint4", Code::Packed, 4, 0},   {"table4", Code::Table4, 4, 0},  {"e2m3", Code::E2M3, 6, 0},     {"e3m2", Code::E3M2, 6, 0},
-    {"e4m3", Code::E4M3, 8, 0},      {"e5m2", Code::E5M2, 8, 0},
+    {"e4m3", Code::E4M3, 8, 0},      {"e5m2", Code::E5M2, 8, 0},       {"e2m1", Code::Table4, 4, 0},
+};
+
+// Small float activations: e4m3 by row, as MX, e2m3 as MX, e2m1 as MX and with two levels.
+const FloatFormat kFormats[] = {
+    {3, -6, 448, 7, Rule::Amax, 1, 0, 0}, {3, -6, 448, 7, Rule::Power, 1, 0, 8}, {3, 0, 7.5f, 5, Rule::Power, 1, 0, 2},
+    {1, 0, 6, 3, Rule::Power, 1, 0, 2},   {1, 0, 6, 3, Rule::TwoLevel, 1, 0, 0},
 };
 
 // The value of stored code c, by the definitions of the formats.
@@ -42,6 +49,23 @@ double minifloat(int c, int exponent_bits, int mantissa_bits, int bias) {
   const int mantissa = c & ((1 << mantissa_bits) - 1), exponent = (c >> mantissa_bits) & ((1 << exponent_bits) - 1);
   const double magnitude = exponent ? std::ldexp(1.0 + std::ldexp(mantissa, -mantissa_bits), exponent - bias) : std::ldexp(mantissa, 1 - bias - mantissa_bits);
   return (c >> (exponent_bits + mantissa_bits)) & 1 ? -magnitude : magnitude;
+}
+
+// The nearest number of a format, halves to the even code, found by looking at all of them.
+double nearest_of(const FloatFormat& f, double y) {
+  double best = 0, distance = INFINITY;
+  for (int c = 0; c < 1 << f.sign; ++c) {
+    const double value = minifloat(c, f.sign - f.mantissa, f.mantissa, 1 - f.exponent), apart = std::fabs(std::fabs(y) - value);
+    if (value <= f.largest && (apart < distance || (apart == distance && c % 2 == 0))) best = value, distance = apart;
+  }
+  return std::copysign(best, y);
+}
+
+float scale_of(const FloatFormat& f, float top, float row_top) {
+  if (f.rule == Rule::Power) return std::ldexp(1.0f, static_cast<int>(std::floor(std::log2(top))) - f.emax);
+  if (f.rule == Rule::Amax) return top / f.largest;
+  const float outer = row_top / (f.largest * 448.0f);
+  return static_cast<float>(nearest_of(kFormats[0], std::max(top / f.largest / outer, 0.001953125f))) * outer;
 }
 
 struct Problem {
@@ -52,6 +76,7 @@ struct Problem {
   Quantize mode;
   int64_t x_group;
   bool x_zero;
+  int format;
 };
 
 int code_at(const Problem& p, const std::vector<uint8_t>& codes, int64_t row_bytes, int64_t row, int64_t k) {
@@ -107,7 +132,8 @@ void fill(const Problem& p, Data& d) {
     if (p.element.code == Code::E4M3 && (c & 0x7f) == 0x7f) c = 1;
     if (p.element.code == Code::E5M2 && (c & 0x7c) == 0x7c) c = 1;
   }
-  if (p.element.code == Code::Table4) for (int i = 0; i < 16; ++i) d.table.push_back(normal());
+  const bool e2m1 = !std::strcmp(p.element.name, "e2m1");
+  if (p.element.code == Code::Table4) for (int i = 0; i < 16; ++i) d.table.push_back(e2m1 ? static_cast<float>(minifloat(i, 2, 1, 1)) : normal());
   if (p.element.code == Code::E2M3 || p.element.code == Code::E3M2)
     for (int i = 0; i < 32; ++i) d.table.push_back(static_cast<float>(value_of(p, d.table, i)));
   for (int64_t i = 0; i < cells; ++i) {
@@ -156,7 +182,8 @@ void fill(const Problem& p, Data& d) {
   d.a.mode = p.mode;
   d.a.x = p.mode == Quantize::Codes ? static_cast<const void*>(d.x_codes.data()) : d.x.data();
   d.a.type = Number::F32;
-  d.a.scale = d.x_scale.data();
+  d.a.scale = p.mode == Quantize::Float ? nullptr : d.x_scale.data();
+  d.a.format = kFormats[p.format];
   d.a.zero = p.x_zero ? d.x_zero.data() : nullptr;
   d.a.scale_step = steps;
   d.a.group = p.x_group;
@@ -183,6 +210,13 @@ double error_of(const Problem& p, const Data& d) {
           float top = 0;
           const int64_t start = k / own * own;
           for (int64_t i = start; i < std::min(p.k, start + own); ++i) top = std::max(top, std::fabs(d.x[row * p.k + i]));
+          if (p.mode == Quantize::Float) {
+            float row_top = 0;
+            for (int64_t i = 0; i < p.k; ++i) row_top = std::max(row_top, std::fabs(d.x[row * p.k + i]));
+            const float s = scale_of(d.a.format, top, row_top);
+            x[k] = nearest_of(d.a.format, d.x[row * p.k + k] / s) * s;
+            continue;
+          }
           const float s = top / 127.0f;
           x[k] = static_cast<double>(std::nearbyint(d.x[row * p.k + k] / s)) * s;
         }
@@ -214,7 +248,7 @@ bool check(const Kernels& kernels, const Problem& p) {
     Threads threads;
     multiply(kernels, threads.pool, d.w, d.a, slices, d.y.data(), Number::F32);
   }
-  const double error = error_of(p, d), limit = p.mode == Quantize::None ? 1e-5 : 2e-6;
+  const double error = error_of(p, d), limit = p.mode == Quantize::None || p.mode == Quantize::Float ? 1e-5 : 2e-6;
   if (error <= limit) return true;
   std::printf("FAIL %s: M %ld K %ld N %ld group %ld share %ld zero %d scale %d mode %d x_group %ld x_zero %d: %.2e\n", p.element.name, long(p.m), long(p.k), long(p.n),
               long(p.group), long(p.share), int(p.zero_kind), int(p.scale_type), int(p.mode), long(p.x_group), int(p.x_zero), error);
@@ -243,11 +277,13 @@ struct Companion {
 constexpr int64_t kBeyondCaches = int64_t{256} << 20;
 
 int repeat(const Kernels& kernels, int argc, char** argv) {
-  Problem p{kElements[0], std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]), 0, 1, 1, Zero::None, Number::F32, Quantize::None, 0, false};
+  Problem p{kElements[0], std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]), 0, 1, 1, Zero::None, Number::F32, Quantize::None, 0, false, 0};
   for (const Element& e : kElements) if (!std::strcmp(e.name, argv[4])) p.element = e;
   p.group = std::min<int64_t>(p.k, std::atoll(argv[5]));
-  p.mode = std::atoi(argv[6]) ? Quantize::Token : Quantize::None;
-  p.x_group = p.k;
+  const int mode = std::atoi(argv[6]);
+  p.mode = mode == 0 ? Quantize::None : mode == 1 ? Quantize::Token : Quantize::Float;
+  p.format = std::max(0, mode - 2);
+  p.x_group = mode < 3 ? p.k : mode == 6 ? 16 : 32;
   const std::string scales = argc > 7 ? argv[7] : "f32";
   if (scales != "f32") p.scale_type = scales == "e8m0" ? Number::E8M0 : Number::E4M3;
   const bool two = argc > 8 && std::atoi(argv[8]) > 1;
@@ -291,11 +327,16 @@ int main(int argc, char** argv) {
       for (int shape = 0; shape < 4; ++shape) {
         const int64_t k = e.bits == 8 ? 64 + 4 * below(120) : 128 + 4 * below(120), n = 1 + below(60), groups[] = {k, 128, 32, 16, 64, 256, 20};
         const bool integer = e.code <= Code::Packed;
-        Problem p{e, m, k, n, std::min(k, groups[below(7)]), below(3) == 0 ? 0 : 1, 1 + below(2), Zero::None, Number::F32, Quantize::None, k, false};
+        Problem p{e, m, k, n, std::min(k, groups[below(7)]), below(3) == 0 ? 0 : 1, 1 + below(2), Zero::None, Number::F32, Quantize::None, k, false, 0};
         if (below(4) == 0) p.share = 1 + below(40);
         if (integer && e.offset == 0 && e.code != Code::Int8) p.zero_kind = static_cast<Zero>(below(3));
         if (p.zero_kind == Zero::None) p.scale_type = below(3) == 0 ? Number::E8M0 : below(2) ? Number::E4M3 : Number::F32;
         good &= check(*kernels, p), ++done;
+        p.mode = Quantize::Float;
+        p.format = static_cast<int>(below(5));
+        p.x_group = p.format == 0 ? k : std::min<int64_t>(k, p.format == 4 ? 16 : 32);
+        if (m > 1) good &= check(*kernels, p), ++done;
+        p.x_group = k;
         if (!integer || p.zero_kind == Zero::Float) continue;
         p.mode = Quantize::Token;
         good &= check(*kernels, p), ++done;

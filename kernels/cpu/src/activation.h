@@ -98,8 +98,7 @@ inline void cell_scales(const float* top, int64_t count, const FloatFormat& f, f
 
 // `Size` elements of a cell where that is known to the compiler, else 0.
 template <int64_t Size>
-inline void quantize_cells(const float* x, int64_t k, int64_t group, const FloatFormat& f, float clip, float outer, float* scale, uint8_t* codes,
-                           float* values) {
+inline void quantize_cells(const float* x, int64_t k, int64_t group, const FloatFormat& f, float clip, float outer, const SmallRow& out) {
   constexpr int64_t kCells = 64;
   float top[kCells], s[kCells];
   const int64_t size = Size ? Size : group, cells = (k + size - 1) / size;
@@ -110,29 +109,36 @@ inline void quantize_cells(const float* x, int64_t k, int64_t group, const Float
       top[g] = (f.rule == Rule::Given ? 0.0f : left >= size ? largest(x + start, size) : largest(x + start, left)) * clip;
     }
     cell_scales(top, here, f, outer, s);
-    for (int64_t g = 0; scale && g < here; ++g) scale[first + g] = s[g];
+    for (int64_t g = 0; out.scale && g < here; ++g) out.scale[first + g] = s[g];
     for (int64_t g = 0; g < here; ++g) {
       const int64_t start = (first + g) * size, left = k - start;
       const auto cell = [&](int64_t count) {
-        if (codes)
-          for (int64_t i = start; i < start + count; ++i) codes[i] = code_of(nearest(x[i] / s[g], f.mantissa, f.exponent, f.largest), f);
-        if (values)
+        const float step = s[g], unit = out.unit;
+        const auto found = [&](int64_t i) { return nearest(x[i] / step, f.mantissa, f.exponent, f.largest); };
+        if (uint8_t* codes = out.codes)
+          for (int64_t i = start; i < start + count; ++i) codes[i] = code_of(found(i), f);
+        if (int8_t* wholes = out.wholes)
+#pragma GCC ivdep
+          for (int64_t i = start; i < start + count; ++i) wholes[i] = static_cast<int8_t>(static_cast<int32_t>(found(i) * unit));
+        if (uint16_t* halves = out.halves)
+#pragma GCC ivdep
+          for (int64_t i = start; i < start + count; ++i) halves[i] = static_cast<uint16_t>(to_bits(found(i)) >> 16);
+        if (float* values = out.values)
 #pragma GCC ivdep  // values may be x: each is read before it is written, and a test of overlap would choose the slow loop
-          for (int64_t i = start; i < start + count; ++i) values[i] = nearest(x[i] / s[g], f.mantissa, f.exponent, f.largest) * s[g];
+          for (int64_t i = start; i < start + count; ++i) values[i] = found(i) * step;
       };
       left >= size ? cell(size) : cell(left);
     }
   }
 }
 
-void quantize_floats(const float* x, int64_t k, int64_t group, const FloatFormat& format, float clip, const float* given, float* scale,
-                     uint8_t* codes, float* values) {
+void quantize_floats(const float* x, int64_t k, int64_t group, const FloatFormat& format, float clip, const float* given, const SmallRow& out) {
   const FloatFormat f = format;
   float outer = given ? *given : 1.0f;
   if (f.rule == Rule::TwoLevel && !given) outer = usable(largest(x, k) * clip / (f.largest * 448.0f));
-  if (group == 16) quantize_cells<16>(x, k, group, f, clip, outer, scale, codes, values);
-  else if (group == 32) quantize_cells<32>(x, k, group, f, clip, outer, scale, codes, values);
-  else quantize_cells<0>(x, k, group, f, clip, outer, scale, codes, values);
+  if (group == 16) quantize_cells<16>(x, k, group, f, clip, outer, out);
+  else if (group == 32) quantize_cells<32>(x, k, group, f, clip, outer, out);
+  else quantize_cells<0>(x, k, group, f, clip, outer, out);
 }
 
 }  // namespace

@@ -303,11 +303,11 @@ extern "C" QFUNC_EXPORT const char* qfunc_isa(const char** error) {
   return kernels ? kernels->name : nullptr;
 }
 
-// Multiply-adds done; see Kernels::peak.
-extern "C" QFUNC_EXPORT double qfunc_peak(int integer, int64_t rounds) {
+// Multiply-adds done; `kind` numbers Peak. See Kernels::peak.
+extern "C" QFUNC_EXPORT double qfunc_peak(int kind, int64_t rounds) {
   const char* error = nullptr;
   const qfunc::Kernels* kernels = qfunc::select_kernels(&error);
-  return kernels ? kernels->peak(integer != 0, rounds) : 0.0;
+  return kernels ? kernels->peak(static_cast<qfunc::Peak>(kind), rounds) : 0.0;
 }
 
 // Reads `count` numbers of 8 bytes; the result is their exclusive or, so that nothing can be left out. For measuring bandwidth.

@@ -2,6 +2,7 @@
 //   kLanes           float lanes of a register
 //   kMicro           rows of w in a register tile (kMicro x 2 accumulators)
 //   kSignedWeights   whether the integer dot wants weights as int8 (else uint8)
+//   kFastDots        whether it is so fast that small floats are better multiplied as whole numbers
 //   Ints dot4(Ints acc, Bytes w, Bytes x)   acc + sums of four neighbouring byte products
 #pragma once
 #include "activation.h"
@@ -25,9 +26,20 @@ inline float total(Floats v) { float s = 0; for (int i = 0; i < kLanes; ++i) s +
 inline int32_t total(Ints v) { uint32_t s = 0; for (int i = 0; i < kLanes; ++i) s += static_cast<uint32_t>(v[i]); return static_cast<int32_t>(s); }
 
 inline bool flipped(const Weight& w) { return w.code == (kSignedWeights ? Code::UInt8 : Code::Int8); }
-inline int32_t code_offset(const Weight& w) { return w.offset + (flipped(w) ? (kSignedWeights ? -128 : 128) : 0); }
+inline int32_t code_offset(const Weight& w) {
+  if (w.whole) return kSignedWeights ? 0 : kMiddle;
+  return w.offset + (flipped(w) ? (kSignedWeights ? -128 : 128) : 0);
+}
 inline void int_block(const Weight& w, const uint8_t* row, int64_t b, uint8_t* out) {
   block_bytes(w, row, b, out);
+  if (w.whole) {
+    const float whole = static_cast<float>(w.whole);
+    const bool table = w.code == Code::Table4;
+    for (int j = 0; j < kBlock; ++j) {
+      const int32_t magnitude = static_cast<int32_t>(w.table[out[j] & (table ? 15 : 31)] * whole);
+      out[j] = static_cast<uint8_t>((!table && out[j] & 32 ? -magnitude : magnitude) + code_offset(w));
+    }
+  }
   if (flipped(w)) for (int j = 0; j < kBlock; ++j) out[j] ^= 0x80;
 }
 
@@ -185,6 +197,7 @@ void int_tile(const Product& p, int64_t n0, int64_t n1) {
     std::memset(tile, 0, static_cast<size_t>(kTile * kDeep));
     for (int64_t r = 0; r < count; ++r) {
       row_scales(w, n + r, scales + r * w.segments);
+      for (int64_t s = 0; s < w.segments; ++s) scales[r * w.segments + s] *= p.unit;
       const auto* z = static_cast<const uint8_t*>(w.zero) + (w.zero_kind == Zero::Int ? scale_row(w, n + r) * w.segments : 0);
       for (int64_t s = 0; s < w.segments; ++s) zeros[r * w.segments + s] = code_offset(w) + (w.zero_kind == Zero::Int ? z[s] : 0);
     }
@@ -250,12 +263,18 @@ void int_tile(const Product& p, int64_t n0, int64_t n1) {
   }
 }
 
-template <class T>
-inline void panel(const T* rows, int64_t count, int64_t steps, int64_t width, T* out) {
+void panel_f32(const float* rows, int64_t count, int64_t kp, int64_t width, float* out) {
+  // Codes come as floats, too: they are moved as integers, which no processor changes.
   for (int64_t m = 0; m < width; ++m)
-    for (int64_t k = 0; k < steps; ++k) out[k * width + m] = m < count ? rows[m * steps + k] : T{};
+    for (int64_t k = 0; k < kp; ++k) {
+      if (m < count) std::memcpy(out + k * width + m, rows + m * kp + k, 4);
+      else out[k * width + m] = 0.0f;
+    }
 }
-double peak(bool integer, int64_t rounds) {
+
+double peak(Peak kind, int64_t rounds) {
+  if (kind == Peak::Half) return 0;
+  const bool integer = kind == Peak::Integer;
   alignas(64) static const uint8_t bytes[64] = {1, 2, 3};
   alignas(64) static const float floats[16] = {1.0f, 0.5f};
   Floats sums[12] = {};
@@ -275,15 +294,10 @@ double peak(bool integer, int64_t rounds) {
   return static_cast<double>(rounds) * 12 * kLanes * (integer ? 4 : 1);
 }
 
-void panel_f32(const float* rows, int64_t count, int64_t kp, int64_t width, float* out) { panel(rows, count, kp, width, out); }
-void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8_t* out) {
-  panel(reinterpret_cast<const int32_t*>(rows), count, kp / 4, width, reinterpret_cast<int32_t*>(out));
-}
-
 }  // namespace
 
 #define QFUNC_GENERIC_KERNELS(variable, label)                                                                                     \
   extern const Kernels variable;                                                                                                   \
   const Kernels variable = {label, 0, kWidth, kWidth, 4, 4, 1, kTile, natural_order, stream_ok, float_stream, float_tile, int_stream,      \
-                            int_tile, dequantize_row, quantize_row, quantize_floats, survey, add_columns, convert_numbers, panel_f32, panel_i8, peak};
+                            int_tile, nullptr, kFastDots, dequantize_row, quantize_row, quantize_floats, survey, add_columns, convert_numbers, panel_f32, peak};
 }  // namespace qfunc

@@ -5,7 +5,7 @@
 namespace qfunc {
 namespace {
 constexpr int kLanes = 8, kMicro = 6;
-constexpr bool kSignedWeights = false;
+constexpr bool kSignedWeights = false, kFastDots = false;
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(32)));

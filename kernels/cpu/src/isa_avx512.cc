@@ -30,12 +30,10 @@ void panel_f32(const float* rows, int64_t count, int64_t kp, int64_t width, floa
       for (int64_t j = 0; j < 16; ++j) _mm512_storeu_ps(out + (k + j) * width + m, v[j]);
     }
 }
-// Four codes are one element of the same transposition.
-void panel_i8(const int8_t* rows, int64_t count, int64_t kp, int64_t width, int8_t* out) {
-  panel_f32(reinterpret_cast<const float*>(rows), count, kp / 4, width, reinterpret_cast<float*>(out));
-}
 
-double peak(bool integer, int64_t rounds) {
+double peak(Peak kind, int64_t rounds) {
+  if (kind == Peak::Half) return 0;
+  const bool integer = kind == Peak::Integer;
   alignas(64) static const int32_t numbers[16] = {1, 2, 3};
   __m512i counts[12];
   __m512 sums[12];
@@ -65,9 +63,15 @@ double peak(bool integer, int64_t rounds) {
   return static_cast<double>(rounds) * 12 * 16 * (integer ? 4 : 1);
 }
 
+double peak_with_half(Peak kind, int64_t rounds) { return kind == Peak::Half ? avx512::half_peak(rounds) : peak(kind, rounds); }
+
 }  // namespace
 
-extern const Kernels kernels_avx512;
-const Kernels kernels_avx512 = {"avx512", kPairs, 16, 32, 4, 8, 16, 12, packed_order, avx512::int_stream_ok, avx512::float_stream,
-                                avx512::float_tile, avx512::int_stream, avx512::int_tile, dequantize_row, quantize_row, quantize_floats, survey, add_columns, convert_numbers, panel_f32, panel_i8, peak};
+#define QFUNC_AVX512_KERNELS(variable, label, half, peak)                                                                       \
+  extern const Kernels variable;                                                                                                \
+  const Kernels variable = {label, kPairs, 16, 32, 4, 8, 16, 12, packed_order, avx512::int_stream_ok, avx512::float_stream,     \
+                            avx512::float_tile, avx512::int_stream, avx512::int_tile, half, true, dequantize_row, quantize_row, \
+                            quantize_floats, survey, add_columns, convert_numbers, panel_f32, peak};
+QFUNC_AVX512_KERNELS(kernels_avx512, "avx512", nullptr, peak)
+QFUNC_AVX512_KERNELS(kernels_avx512bf16, "avx512bf16", avx512::half_tile, peak_with_half)
 }  // namespace qfunc

@@ -4,7 +4,7 @@
 namespace qfunc {
 namespace {
 constexpr int kLanes = 4, kMicro = 6;
-constexpr bool kSignedWeights = false;
+constexpr bool kSignedWeights = false, kFastDots = false;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));

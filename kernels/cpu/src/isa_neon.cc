@@ -5,7 +5,7 @@
 namespace qfunc {
 namespace {
 constexpr int kLanes = 4, kMicro = 8;
-constexpr bool kSignedWeights = true;
+constexpr bool kSignedWeights = true, kFastDots = true;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "common.h"
+#include "operand.h"
 #include "scales.h"
 
 namespace qfunc {
@@ -20,28 +21,18 @@ int64_t number_size(Number type) { return type == Number::F32 ? 4 : type == Numb
 // How one slice is computed and where its activation lies in the scratch memory.
 struct Plan {
   Slice slice;
+  Operand operand;
   bool stream;
   int64_t width, padded;
   int64_t data, sums, scale, zero;  // offsets in bytes
   int64_t rows, kept;               // the same of rows before they become a panel (-1: they stay with the thread), and of columns kept apart
   const std::vector<int32_t>* columns;
   Weight w;
+  bool coded() const { return operand != Operand::Float; }
+  int64_t size() const { return operand == Operand::Float ? 4 : operand == Operand::Half ? 2 : 1; }  // of a number of x
 };
 
 int64_t cost(const Activation& a) { return a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : a.mode == Quantize::FloatCodes ? 4 : 2; }  // of an element, about
-
-// The number that each byte stands for; e4m3 has no infinities, the narrower formats have no NaN either.
-std::vector<float> values_of(const FloatFormat& f) {
-  std::vector<float> values(256);
-  for (int c = 0; c < 256; ++c) {
-    const int magnitude = c & ((1 << f.sign) - 1), field = magnitude >> f.mantissa, rest = magnitude & ((1 << f.mantissa) - 1);
-    float value = std::ldexp(static_cast<float>(field ? (1 << f.mantissa) + rest : rest), f.exponent - f.mantissa + (field ? field - 1 : 0));
-    if (f.sign == 7 && f.mantissa == 3 && magnitude == 0x7f) value = NAN;
-    if (f.sign == 7 && f.mantissa == 2 && field == 31) value = rest ? NAN : INFINITY;
-    values[static_cast<size_t>(c)] = c >> f.sign & 1 ? -value : value;
-  }
-  return values;
-}
 
 class Layout {
  public:
@@ -56,20 +47,12 @@ class Layout {
   int64_t size_ = 0;
 };
 
-// The common refinement of the segments of both sides; all of K where neither is divided.
-int64_t common_segment(const Weight& w, const Activation& a) {
-  const int64_t weight = w.group < w.k ? w.group : 0, activation = a.group < w.k ? a.group : 0;
-  const int64_t both = std::gcd(weight, activation);
-  // Where nothing divides K, sums that int32 cannot hold are cut, on a border that the packed codes have too.
-  return both ? both : std::min(w.k, a.limit / kBlock * kBlock);
-}
-
 struct Job {
   const Kernels& kernels;
   const Activation& a;
   int64_t k, kp, segment, segments, x_steps;
   char* memory;
-  std::vector<float> values;  // of the bytes of FloatCodes
+  Bytes bytes;
 
   template <class T>
   T* at(int64_t offset) const { return reinterpret_cast<T*>(memory + offset); }
@@ -77,12 +60,21 @@ struct Job {
   // Codes, sums and scales of one row of x; `step` is the distance between the segments of a row in sums and scale. Sums are made for
   // `lanes` lanes apart, code k belonging to lane k / 4.
   // Numbers of `columns` go to `kept`, and zeros are quantized in their place.
-  void integer_row(int64_t row, const std::vector<int32_t>& columns, float* kept, float* wide, int8_t* codes, int32_t* sums, float* scale, int64_t step,
+  void coded_row(const Plan& p, int64_t row, const std::vector<int32_t>& columns, float* kept, float* wide, char* to, int32_t* sums, float* scale, int64_t step,
                    int64_t lanes) const {
     float own[1], *s = own;
     thread_local Scratch steps;
     if (x_steps > 1) s = steps.get<float>(static_cast<size_t>(x_steps));
-    if (a.mode == Quantize::Codes) {
+    auto* codes = reinterpret_cast<int8_t*>(to);
+    auto* halves = reinterpret_cast<uint16_t*>(to);
+    if (a.mode == Quantize::FloatCodes) {
+      const auto* from = static_cast<const uint8_t*>(a.x) + row * k;
+      if (p.operand == Operand::Half)
+        for (int64_t i = 0; i < k; ++i) halves[i] = bytes.halves[from[i]];
+      else
+        for (int64_t i = 0; i < k; ++i) codes[i] = bytes.wholes[from[i]];
+      std::memcpy(s, a.scale + row * a.scale_step, static_cast<size_t>(x_steps) * sizeof(float));
+    } else if (a.mode == Quantize::Codes) {
       std::memcpy(codes, static_cast<const int8_t*>(a.x) + row * k, static_cast<size_t>(k));
       std::memcpy(s, a.scale + row * a.scale_step, static_cast<size_t>(x_steps) * sizeof(float));
     } else {
@@ -95,10 +87,15 @@ struct Job {
         for (size_t j = 0; j < columns.size(); ++j) kept[j] = wide[columns[j]], wide[columns[j]] = 0.0f;
       }
       if (a.mode == Quantize::Given) s[0] = a.scale[row];
-      kernels.quantize_row(x, k, a.group < k ? a.group : k, a.mode != Quantize::Given, a.clip, a.lowest, a.highest, a.zero ? a.zero + row : nullptr, s, codes);
+      if (a.mode == Quantize::Float)
+        kernels.quantize_floats(x, k, std::min(a.group, k), a.format, a.clip, a.scale ? a.scale + row : nullptr,
+                                p.operand == Operand::Half ? SmallRow{s, nullptr, nullptr, nullptr, halves, 0.0f}
+                                                           : SmallRow{s, nullptr, nullptr, codes, nullptr, static_cast<float>(steps_of(a.format))});
+      else
+        kernels.quantize_row(x, k, a.group < k ? a.group : k, a.mode != Quantize::Given, a.clip, a.lowest, a.highest, a.zero ? a.zero + row : nullptr, s, codes);
     }
-    std::memset(codes + k, 0, static_cast<size_t>(kp - k));
-    for (int64_t i = 0; i < segments; ++i) {
+    std::memset(to + k * p.size(), 0, static_cast<size_t>((kp - k) * p.size()));
+    for (int64_t i = 0; i < segments && p.operand != Operand::Half; ++i) {
       const int64_t end = i + 1 == segments ? k : (i + 1) * segment;
       if (lanes == 1) {
         int32_t sum = 0;
@@ -120,19 +117,19 @@ struct Job {
       const float* s = a.scale + row * a.scale_step;
       const int64_t group = std::min(a.group, k);
       for (int64_t start = 0; start < k; start += group, ++s)
-        for (int64_t i = start; i < std::min(k, start + group); ++i) to[i] = values[codes[i]] * *s;
+        for (int64_t i = start; i < std::min(k, start + group); ++i) to[i] = bytes.floats[codes[i]] * *s;
     } else {
       kernels.to_f32(a.x, a.type, row * k, k, to);
     }
     if (a.mode == Quantize::Float)
-      kernels.quantize_floats(to, k, std::min(a.group, k), a.format, a.clip, a.scale ? a.scale + row : nullptr, nullptr, nullptr, to);
+      kernels.quantize_floats(to, k, std::min(a.group, k), a.format, a.clip, a.scale ? a.scale + row : nullptr, {nullptr, nullptr, to, nullptr, nullptr, 0.0f});
     std::fill(to + k, to + kp, 0.0f);
     if (order)
       for (int64_t b = 0; b < kp; b += kBlock)
         for (int64_t i = 0; i < kBlock; ++i) out[b + i] = wide[b + order[i]];
   }
 
-  size_t row_size() const { return static_cast<size_t>(kp) * (a.integer() ? 1 : 4); }
+  size_t row_size(const Plan& p) const { return static_cast<size_t>(kp * p.size()); }
 
   // Rows [m0, m1) of the panel (prefill) or of all rows (decode) that start at `first`, quantized into `rows` [width, kp].
   void fill_rows(const Plan& p, int64_t first, int64_t m0, int64_t m1, char* rows) const {
@@ -142,11 +139,11 @@ struct Job {
     // In panels the rows are the fastest axis of sums and scales, in the decode path the slowest.
     const int64_t lanes = p.stream ? kernels.sum_lanes : 1, sum_step = p.stream ? segments * lanes : 1, scale_step = p.stream ? x_steps : 1;
     for (int64_t m = m0; m < m1; ++m) {
-      char* to = rows + static_cast<size_t>(m) * row_size();
-      if (a.integer())
-        integer_row(p.slice.row + first + m, *p.columns, at<float>(p.kept) + (first + m) * static_cast<int64_t>(p.columns->size()), wide,
-                    reinterpret_cast<int8_t*>(to), at<int32_t>(p.sums) + first * segments * lanes + m * sum_step,
-                    at<float>(p.scale) + first * x_steps + m * scale_step, p.stream ? 1 : p.width, lanes);
+      char* to = rows + static_cast<size_t>(m) * row_size(p);
+      if (p.coded())
+        coded_row(p, p.slice.row + first + m, *p.columns, at<float>(p.kept) + (first + m) * static_cast<int64_t>(p.columns->size()), wide,
+                  to, at<int32_t>(p.sums) + first * segments * lanes + m * sum_step,
+                  at<float>(p.scale) + first * x_steps + m * scale_step, p.stream ? 1 : p.width, lanes);
       else float_row(p.slice.row + first + m, order, wide, reinterpret_cast<float*>(to));
     }
   }
@@ -154,8 +151,8 @@ struct Job {
   // Rows become a panel; lanes and rows that only pad it are zero.
   void finish(const Plan& p, int64_t first, char* rows) const {
     const int64_t count = std::min(p.slice.rows - first, p.width), spare = p.width - count;
-    if (spare) std::memset(rows + static_cast<size_t>(count) * row_size(), 0, static_cast<size_t>(spare) * row_size());
-    if (a.integer() && spare) {
+    if (spare) std::memset(rows + static_cast<size_t>(count) * row_size(p), 0, static_cast<size_t>(spare) * row_size(p));
+    if (p.coded() && spare) {
       if (p.stream) {
         std::memset(at<int32_t>(p.sums) + count * segments * kernels.sum_lanes, 0, static_cast<size_t>(spare * segments * kernels.sum_lanes) * 4);
         std::memset(at<float>(p.scale) + count * x_steps, 0, static_cast<size_t>(spare * x_steps) * 4);
@@ -167,23 +164,22 @@ struct Job {
     if (a.zero)
       for (int64_t m = 0; m < p.width; ++m) at<int32_t>(p.zero)[first + m] = m < count ? a.zero[p.slice.row + first + m] : 0;
     if (p.stream) return;
-    if (a.integer()) kernels.panel_i8(reinterpret_cast<int8_t*>(rows), count, kp, p.width, at<int8_t>(p.data) + first * kp);
-    else kernels.panel_f32(reinterpret_cast<float*>(rows), count, kp, p.width, at<float>(p.data) + first * kp);
+    // Four codes, or two halves, are one element of the same transposition.
+    kernels.panel_f32(reinterpret_cast<float*>(rows), count, kp * p.size() / 4, p.width, reinterpret_cast<float*>(at<char>(p.data) + first * kp * p.size()));
   }
 
   // Where the rows of a panel are before it is one.
   char* rows_of(const Plan& p, int64_t first) const {
-    if (p.rows >= 0) return at<char>(p.rows) + static_cast<size_t>(first) * row_size();
+    if (p.rows >= 0) return at<char>(p.rows) + static_cast<size_t>(first) * row_size(p);
     thread_local Scratch scratch;
-    return p.stream ? at<char>(p.data) : static_cast<char*>(scratch.get(static_cast<size_t>(p.width) * row_size()));
+    return p.stream ? at<char>(p.data) : static_cast<char*>(scratch.get(static_cast<size_t>(p.width) * row_size(p)));
   }
 
   Product product(const Plan& p, const Matrices& matrices, void* y, Number y_type) const {
     Product out{};
-    const bool integer = a.integer();
     out.w = &p.w;
-    out.x.f32 = integer ? nullptr : at<float>(p.data);
-    out.x.i8 = integer ? at<int8_t>(p.data) : nullptr;
+    out.x.f32 = p.coded() ? nullptr : at<float>(p.data);
+    out.x.i8 = p.coded() ? at<int8_t>(p.data) : nullptr;
     out.x.sums = at<int32_t>(p.sums);
     out.x.scale = at<float>(p.scale);
     out.x.zero = a.zero ? at<int32_t>(p.zero) : nullptr;
@@ -193,6 +189,7 @@ struct Job {
     out.x.kp = kp;
     out.x.sum_segments = segments;
     out.segment = segment;
+    out.unit = p.operand == Operand::Whole ? 1.0f / static_cast<float>(steps_of(a.format) * steps_of(p.w)) : 1.0f;
     const int64_t n = p.w.n;
     out.out = {static_cast<char*>(y) + p.slice.row * n * number_size(y_type), y_type,
                matrices.bias ? static_cast<const char*>(matrices.bias) + p.slice.matrix * n * number_size(matrices.bias_type) : nullptr,
@@ -217,14 +214,13 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
               const std::vector<Slice>& slices, void* y, Number y_type) {
   const Weight& shape = matrices.first;
   Activation a = activation;
-  const bool integer = a.integer();
-  const int64_t kp = round_up(shape.k, kBlock), segment = integer ? common_segment(shape, a) : shape.k;
+  const int64_t kp = round_up(shape.k, kBlock), segment = common_segment(shape, a);
   static const std::vector<int32_t> no_columns;
   Common common;
   if (a.shared || a.threshold > 0) common = find_common(kernels, pool, a, slices, shape.k);
   if (a.shared) a.scale = common.scale.data();
-  Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, integer && a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr,
-          a.mode == Quantize::FloatCodes ? values_of(a.format) : std::vector<float>()};
+  Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr,
+          a.mode == Quantize::FloatCodes ? Bytes(a.format) : Bytes()};
 
   Layout layout;
   std::vector<Plan> plans;
@@ -232,22 +228,23 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   for (size_t i = 0; i < slices.size(); ++i) {
     const Slice& slice = slices[i];
     if (slice.rows == 0) continue;
-    Plan p{slice, false, 0, 0, 0, 0, 0, 0, -1, 0, a.threshold > 0 ? &common.columns[i] : &no_columns, matrices.at(slice.matrix)};
+    Plan p{slice, operand_of(kernels, shape, a, slice.rows), false, 0, 0, 0, 0, 0, 0, -1, 0, a.threshold > 0 ? &common.columns[i] : &no_columns, matrices.at(slice.matrix)};
+    if (p.operand == Operand::Whole && shape.code != Code::Packed) p.w.whole = steps_of(shape);
     Product probe{};
     probe.w = &p.w;
     probe.x.zero = a.zero;
     probe.x.rows = slice.rows;
     probe.x.sum_segments = job.segments;
     probe.segment = segment;
-    p.stream = slice.rows <= (integer ? kernels.int_rows : kernels.float_rows) && (!integer || kernels.int_stream_ok(probe));
+    p.stream = p.operand == Operand::Float ? slice.rows <= kernels.float_rows : p.operand == Operand::Code && slice.rows <= kernels.int_rows && kernels.int_stream_ok(probe);
     if (p.stream)
       for (p.width = 1; p.width < slice.rows;) p.width *= 2;
     else
-      p.width = !integer && slice.rows <= kernels.pairs ? kernels.pairs : slice.rows <= kernels.narrow ? kernels.narrow : kernels.wide;
+      p.width = !p.coded() && slice.rows <= kernels.pairs ? kernels.pairs : slice.rows <= kernels.narrow ? kernels.narrow : kernels.wide;
     p.padded = round_up(slice.rows, p.width);
-    p.data = layout.add(p.padded * kp * (integer ? 1 : 4));
-    p.sums = layout.add(integer ? p.padded * job.segments * (p.stream ? kernels.sum_lanes : 1) * 4 : 0);
-    p.scale = layout.add(integer ? p.padded * job.x_steps * 4 : 0);
+    p.data = layout.add(p.padded * kp * p.size());
+    p.sums = layout.add(p.coded() ? p.padded * job.segments * (p.stream ? kernels.sum_lanes : 1) * 4 : 0);
+    p.scale = layout.add(p.coded() ? p.padded * job.x_steps * 4 : 0);
     p.zero = layout.add(a.zero ? p.padded * 4 : 0);
     p.kept = layout.add(slice.rows * static_cast<int64_t>(p.columns->size()) * 4);
     rows += slice.rows;
@@ -260,7 +257,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   // With fewer panels than threads, rows are quantized apart and laid out after that.
   const bool apart = panels < packers.threads && rows > panels;
   if (apart)
-    for (Plan& p : plans) p.rows = p.stream ? p.data : layout.add(p.padded * static_cast<int64_t>(job.row_size()));
+    for (Plan& p : plans) p.rows = p.stream ? p.data : layout.add(p.padded * static_cast<int64_t>(job.row_size(p)));
   thread_local Scratch memory;
   job.memory = static_cast<char*>(memory.get(static_cast<size_t>(layout.size())));
 
@@ -308,7 +305,8 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   std::vector<Product> products;
   for (const Plan& p : plans) products.push_back(job.product(p, matrices, y, y_type));
   run(rows * shape.k * shape.n < kSerialWork ? serial : pool, [&](const Plan& p, const Task& task) {
-    const auto compute = integer ? (p.stream ? kernels.int_stream : kernels.int_tile) : (p.stream ? kernels.float_stream : kernels.float_tile);
+    const auto compute = p.operand == Operand::Half ? kernels.half_tile : p.operand == Operand::Float ? (p.stream ? kernels.float_stream : kernels.float_tile)
+                         : p.stream ? kernels.int_stream : kernels.int_tile;
     const Product& product = products[static_cast<size_t>(task.plan)];
     compute(product, task.begin, task.end);
     if (!p.columns->empty())
@@ -344,7 +342,8 @@ void quantize(const Kernels& kernels, const Pool& pool, const Activation& activa
         x = own;
       }
       if (a.mode == Quantize::Float) {
-        kernels.quantize_floats(x, k, group, a.format, a.clip, a.scale ? a.scale + i : nullptr, scale + i * steps, static_cast<uint8_t*>(codes) + i * k, nullptr);
+        kernels.quantize_floats(x, k, group, a.format, a.clip, a.scale ? a.scale + i : nullptr,
+                                {scale + i * steps, static_cast<uint8_t*>(codes) + i * k, nullptr, nullptr, nullptr, 0.0f});
         continue;
       }
       if (a.mode == Quantize::Given) scale[i * steps] = a.scale[i];

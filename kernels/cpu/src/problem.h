@@ -6,6 +6,8 @@
 namespace qfunc {
 
 constexpr int64_t kBlock = 128;  // codes of one packed block along K
+constexpr int64_t kExactWholes = 131071;  // products of bytes that an int32 sum can hold
+constexpr int32_t kMiddle = 64;  // stands for zero where small floats are unsigned whole numbers of a unit; all are nearer than that
 
 enum class Code : int32_t { Int8, UInt8, Packed, Table4, E2M3, E3M2, E4M3, E5M2, Ggml };
 enum class Number : int32_t { None, F32, F16, BF16, E4M3, E8M0, UInt8, Nested };
@@ -37,6 +39,7 @@ struct Weight {
   int32_t bits;    // of Ggml: the number of its type
   int32_t offset;  // stored code of the value 0
   const float* table;  // values of 16 codes (Table4), or of the 32 magnitudes (E2M3, E3M2)
+  int32_t whole;       // the table in an integer product: its values times this are whole numbers; 0: it is none, or the codes are whole as they are
   const void* scale;
   Number scale_type;
   int64_t segments;    // scales in a row
@@ -53,6 +56,16 @@ struct Weight {
   bool packed() const { return lowbits() < 8; }
 };
 
+// Where a row of a small float activation goes. Each may be null; values may be the row itself.
+struct SmallRow {
+  float* scale;      // of each cell
+  uint8_t* codes;
+  float* values;     // scaled
+  int8_t* wholes;    // values before scales, in steps of 1 / unit
+  uint16_t* halves;  // values before scales as bf16
+  float unit;
+};
+
 // Float outputs of every kernel go through this.
 struct Output {
   void* y;  // [rows, n]
@@ -63,10 +76,11 @@ struct Output {
 };
 
 // The activation of one product as the kernels read it; made by the packers.
-// Rows [rows, kp] (decode path), or panels of `width` rows, [kp, width] or [kp / 4, width, 4] (prefill path); kp is K rounded up to blocks.
+// Rows [rows, kp] (decode path), or panels of `width` rows, [kp, width], [kp / 4, width, 4] or [kp / 2, width, 2] (prefill path); kp is K
+// rounded up to blocks.
 struct Packed {
   const float* f32;
-  const int8_t* i8;
+  const int8_t* i8;      // codes, or the bf16 of a product of halves
   const int32_t* sums;   // sum of the codes of each segment: [rows, segments, lanes] or [panel, segments, width]
   const float* scale;    // [rows, scale_step] or [panel, scale_step, width]
   const int32_t* zero;   // [rows] or [panel, width], or null
@@ -79,7 +93,8 @@ struct Product {
   const Weight* w;
   Packed x;
   Output out;
-  int64_t segment;  // integer products: length of the common segments
+  int64_t segment;  // products of codes: length of the common segments
+  float unit;       // what one of them is worth before the scales
 };
 
 }  // namespace qfunc

@@ -41,7 +41,8 @@ const Kernels* select_kernels(const char** error) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  const Candidate candidates[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_generic, true}};
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  const Candidate candidates[] = {{&kernels_avx512bf16, bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_generic, true}};
 #elif defined(__aarch64__)
   const Candidate candidates[] = {{&kernels_i8mm, has_i8mm()}, {&kernels_neon, has_dotprod()}, {&kernels_generic, true}};
 #else
@@ -58,7 +59,7 @@ const Kernels* select_kernels(const char** error) {
       return nullptr;
     }
   }
-  *error = "QFUNC_CPU_ISA names no instruction set of this build; there are generic, avx2, avx512 (x86-64) and generic, neon, i8mm (Arm)";
+  *error = "QFUNC_CPU_ISA names no instruction set of this build; there are generic, avx2, avx512, avx512bf16 (x86-64) and generic, neon, i8mm (Arm)";
   return nullptr;
 }
 
