@@ -34,7 +34,7 @@ struct Ahead {
       block->ask(at, kMicro * step);
       at += kMicro * step;
     } else if (p) {
-      for (int r = 0; r < kMicro; ++r) _mm_prefetch(reinterpret_cast<const char*>(p + r * row_bytes), _MM_HINT_T1);
+      for (int r = 0; r < kMicro; ++r) _mm_prefetch(reinterpret_cast<const char*>(p + r * row_bytes), _MM_HINT_T0);
       p += step;
     }
   }
@@ -275,7 +275,9 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
             ahead = {w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * bits / 8, w.row_bytes, step, nullptr, 0};
           }
           const Sides sides{scales + r * w.segments, zeros + r * w.segments, codesums + r * segments, w.segments, segments};
-          for (int64_t m = 0; m < rows; m += width, ahead = {}) {
+          const Ahead first = ahead;
+          for (int64_t m = 0; m < rows; m += width) {
+            ahead = m == 0 || (m + width >= rows && first.p) ? first : Ahead{};
             const int64_t at = (m0 + m) / width;
             const Panel panel{panels + (m0 + m) * kp * size, p.x.sums + at * segments * width, p.x.scale + at * p.x.scale_step * width,
                               p.x.zero ? p.x.zero + at * width : nullptr};

@@ -60,33 +60,38 @@ inline void float_micro_pairs(const float* tile, const float* x, int64_t steps, 
 // How scales (and shifts) meet the vectors of a block: one for all of it, one for the even and one for the odd vectors, one for each.
 enum class Spread { Whole, Halves, Each };
 
-// Codes of blocks [b0, b1) of one row as floats.
+// Codes of blocks [b0, b1) of `live` rows from n on as floats; `own` is the distance between the scales of two rows, with shifts half way.
 template <class Decode, Spread Mode, bool Shifted>
-void float_decode(const Weight& w, Decode& decode, const Spreader<Decode::natural>& spreader, int64_t n, int64_t b0, int64_t b1, const float* scale,
-                  const float* shift, float* out) {
+void float_decode(const Weight& w, const Decode& prototype, const Spreader<Decode::natural>& spreader, int64_t n, int64_t live, int64_t b0, int64_t b1,
+                  const float* scales, int64_t own, float* tile) {
   constexpr int kKinds = Mode == Spread::Whole ? 1 : Mode == Spread::Halves ? 2 : 8;
   alignas(64) uint8_t tail[kBlock];
-  const uint8_t* row = w.codes + n * w.row_bytes;
-  for (int64_t b = b0; b < b1; ++b, out += kBlock) {
-    load_block(decode, w, row, b, tail);
-    __m512 s[kKinds], c[kKinds];
-    if constexpr (Mode == Spread::Whole) {
-      s[0] = _mm512_set1_ps(scale[spreader.whole(b)]);
-      if constexpr (Shifted) c[0] = _mm512_set1_ps(shift[spreader.whole(b)]);
-    } else if constexpr (Mode == Spread::Halves) {
-      spreader.halves(scale, b, s[0], s[1]);
-      if constexpr (Shifted) spreader.halves(shift, b, c[0], c[1]);
-    } else {
-      spreader.all(scale, b, s);
-      if constexpr (Shifted) spreader.all(shift, b, c);
-    }
+  Decode decode = prototype;  // a copy stays in registers
+  for (int64_t i = 0; i < live; ++i) {
+    const uint8_t* row = w.codes + (n + i) * w.row_bytes;
+    const float *scale = scales + i * 2 * own, *shift = scale + own;
+    float* out = tile + i * kDeep;
+    for (int64_t b = b0; b < b1; ++b, out += kBlock) {
+      load_block(decode, w, row, b, tail);
+      __m512 s[kKinds], c[kKinds];
+      if constexpr (Mode == Spread::Whole) {
+        s[0] = _mm512_set1_ps(scale[spreader.whole(b)]);
+        if constexpr (Shifted) c[0] = _mm512_set1_ps(shift[spreader.whole(b)]);
+      } else if constexpr (Mode == Spread::Halves) {
+        spreader.halves(scale, b, s[0], s[1]);
+        if constexpr (Shifted) spreader.halves(shift, b, c[0], c[1]);
+      } else {
+        spreader.all(scale, b, s);
+        if constexpr (Shifted) spreader.all(shift, b, c);
+      }
 #define QFUNC_STEP(V)                                                                             \
   {                                                                                               \
     const __m512 value = decode.template vec<V>();                                                \
     _mm512_storeu_ps(out + 16 * V, Shifted ? _mm512_fmadd_ps(value, s[V % kKinds], c[V % kKinds]) : _mm512_mul_ps(value, s[V % kKinds])); \
   }
-    QFUNC_STEP(0) QFUNC_STEP(1) QFUNC_STEP(2) QFUNC_STEP(3) QFUNC_STEP(4) QFUNC_STEP(5) QFUNC_STEP(6) QFUNC_STEP(7)
+      QFUNC_STEP(0) QFUNC_STEP(1) QFUNC_STEP(2) QFUNC_STEP(3) QFUNC_STEP(4) QFUNC_STEP(5) QFUNC_STEP(6) QFUNC_STEP(7)
 #undef QFUNC_STEP
+    }
   }
 }
 
@@ -102,7 +107,7 @@ auto decoder_of(const Weight& w, const Spreader<Decode::natural>& spreader) {
 // The packed bytes that will be decoded next are asked for while these are computed.
 inline void prefetch(const Weight& w, int64_t n, int64_t k, int64_t deep) {
   const uint8_t* p = w.codes + (n < w.n ? n : w.n - 1) * w.row_bytes + k * w.lowbits() / 8;
-  for (int64_t i = 0; i < deep * w.lowbits() / 8; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+  for (int64_t i = 0; i < deep * w.lowbits() / 8; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
 }
 
 inline int64_t panel_width(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
@@ -110,9 +115,9 @@ inline int64_t panel_width(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 1
 template <class Decode>
 void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
   const Weight& w = *p.w;
-  Decode decode(w);
+  const Decode decode(w);
   const Spreader<Decode::natural> spreader(w);
-  const auto decode_row = decoder_of<Decode>(w, spreader);
+  const auto decode_rows = decoder_of<Decode>(w, spreader);
   const bool shifted = w.zero_kind != Zero::None;
   const int64_t own = scales_stride(w), kp = p.x.kp;
   const int64_t width = panel_width(p.x.rows), most = width == 32 ? kDeep / 2 : kDeep, padded = round_up(p.x.rows, width);
@@ -143,11 +148,10 @@ void float_tile_code(const Product& p, int64_t n0, int64_t n1) {
           const int64_t live = count - r < kMicro ? count - r : kMicro;
           const bool along = block == kMicro && k + deep < kp;    // what comes next: more of these rows, or the next ones
           for (int64_t i = 0; i < live; ++i) {
-            const float* s = scales + (r + i) * 2 * own;
             if (!fits) prefetch(w, along ? n + r + i : n + r + kMicro + i, along ? k + deep : block == kMicro ? 0 : k, deep);
             else if (m0 == 0) next.ask(asked, deep * w.lowbits() / 8), asked += deep * w.lowbits() / 8;
-            decode_row(w, decode, spreader, n + r + i, k / kBlock, (k + deep) / kBlock, s, shifted ? s + own : nullptr, tile + i * kDeep);
           }
+          decode_rows(w, decode, spreader, n + r, live, k / kBlock, (k + deep) / kBlock, scales + r * 2 * own, own, tile);
           if (live < kMicro) std::memset(tile + live * kDeep, 0, static_cast<size_t>((kMicro - live) * kDeep) * sizeof(float));
           for (int64_t m = 0; m < rows; m += width) {
             const float* x = p.x.f32 + (m0 + m) * kp + k * width;
