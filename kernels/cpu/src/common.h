@@ -11,7 +11,7 @@
 namespace qfunc {
 namespace {
 
-constexpr int64_t kSerialElements = 1 << 15;  // numbers below which waking another thread costs more than it saves
+constexpr int64_t kSerialElements = 1 << 16;  // numbers below which another thread costs more than it saves
 
 // The larger of two magnitudes, whose order is that of their bits: NaN is above all.
 inline float upper(float a, float b) { return to_bits(a) > to_bits(b) ? a : b; }
@@ -22,7 +22,7 @@ struct Common {
   std::vector<std::vector<int32_t>> columns;  // by slice
 };
 
-Common find_common(const Kernels& kernels, const Pool& pool, const Activation& a, const std::vector<Slice>& slices, int64_t k) {
+Common find_common(const Kernels& kernels, Team& team, const Activation& a, const std::vector<Slice>& slices, int64_t k) {
   struct Task {
     size_t slice;
     int64_t begin, end;
@@ -31,12 +31,12 @@ Common find_common(const Kernels& kernels, const Pool& pool, const Activation& a
   };
   int64_t rows = 0;
   for (const Slice& slice : slices) rows = std::max(rows, slice.row + slice.rows);
-  const int64_t chunk = std::max<int64_t>({1, kSerialElements / k, rows / (4 * pool.threads)});
+  const int64_t chunk = std::max<int64_t>({1, kSerialElements / k, rows / (4 * team.threads())});
   std::vector<Task> tasks;
   for (size_t i = 0; i < slices.size(); ++i)
     for (int64_t m = 0; m < slices[i].rows; m += chunk)
       tasks.push_back({i, slices[i].row + m, slices[i].row + std::min(m + chunk, slices[i].rows), 0.0f, {}});
-  parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+  team.run(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     Task& task = tasks[static_cast<size_t>(t)];
     thread_local Scratch wide;
     if (a.threshold > 0) task.marks.resize(static_cast<size_t>(k));

@@ -32,7 +32,7 @@ struct Plan {
   int64_t size() const { return operand == Operand::Float ? 4 : operand == Operand::Half ? 2 : 1; }  // of a number of x
 };
 
-int64_t cost(const Activation& a) { return a.mode == Quantize::None ? 1 : a.mode == Quantize::Float ? 8 : a.mode == Quantize::FloatCodes ? 4 : 2; }  // of an element, about
+int64_t cost(const Activation& a) { return a.mode == Quantize::None || a.mode == Quantize::Codes ? 1 : 3; }  // of an element: a tenth of a nanosecond, about
 
 class Layout {
  public:
@@ -216,15 +216,19 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   Activation a = activation;
   const int64_t kp = round_up(shape.k, kBlock), segment = common_segment(shape, a);
   static const std::vector<int32_t> no_columns;
+  int64_t rows = 0;
+  for (const Slice& slice : slices) rows += slice.rows;
+  const Pool serial;
+  Team team(rows * shape.k * shape.n < kSerialWork ? serial : pool, pool.threads);
   Common common;
-  if (a.shared || a.threshold > 0) common = find_common(kernels, pool, a, slices, shape.k);
+  if (a.shared || a.threshold > 0) common = find_common(kernels, team, a, slices, shape.k);
   if (a.shared) a.scale = common.scale.data();
   Job job{kernels, a, shape.k, kp, segment, (shape.k + segment - 1) / segment, a.group < shape.k ? (shape.k + a.group - 1) / a.group : 1, nullptr,
           a.mode == Quantize::FloatCodes ? Bytes(a.format) : Bytes()};
 
   Layout layout;
   std::vector<Plan> plans;
-  int64_t rows = 0, panels = 0;
+  int64_t panels = 0;
   for (size_t i = 0; i < slices.size(); ++i) {
     const Slice& slice = slices[i];
     if (slice.rows == 0) continue;
@@ -247,15 +251,13 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     p.scale = layout.add(p.coded() ? p.padded * job.x_steps * 4 : 0);
     p.zero = layout.add(a.zero ? p.padded * 4 : 0);
     p.kept = layout.add(slice.rows * static_cast<int64_t>(p.columns->size()) * 4);
-    rows += slice.rows;
     panels += p.padded / p.width;
     plans.push_back(p);
   }
   if (plans.empty() || shape.n == 0) return;
-  const Pool serial;
-  const Pool& packers = rows * shape.k * cost(a) < kSerialElements ? serial : pool;
+  const bool short_rows = rows * shape.k * cost(a) < kSerialElements;
   // With fewer panels than threads, rows are quantized apart and laid out after that.
-  const bool apart = panels < packers.threads && rows > panels;
+  const bool apart = !short_rows && panels < team.threads() && rows > panels;
   if (apart)
     for (Plan& p : plans) p.rows = p.stream ? p.data : layout.add(p.padded * static_cast<int64_t>(job.row_size(p)));
   thread_local Scratch memory;
@@ -267,18 +269,19 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     int64_t begin, end;
   };
   std::vector<Task> tasks;
-  const auto run = [&](const Pool& threads, auto&& body) {
-    parallel_for(threads, static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+  Team alone(serial, 1);
+  const auto run = [&](Team& threads, auto&& body) {
+    threads.run(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
       const Task& task = tasks[static_cast<size_t>(t)];
       body(plans[static_cast<size_t>(task.plan)], task);
     });
   };
   const auto count = [](const Plan& p, int64_t first) { return std::min(p.slice.rows - first, p.width); };
   if (apart) {
-    const int64_t chunk = std::max<int64_t>(1, rows / (4 * packers.threads));
+    const int64_t chunk = std::max<int64_t>(1, rows / (4 * team.threads()));
     for (size_t i = 0; i < plans.size(); ++i)
       for (int64_t m = 0; m < plans[i].slice.rows; m += chunk) tasks.push_back({static_cast<int32_t>(i), m, std::min(m + chunk, plans[i].slice.rows)});
-    run(packers, [&](const Plan& p, const Task& task) {
+    run(team, [&](const Plan& p, const Task& task) {
       for (int64_t m = task.begin; m < task.end;) {
         const int64_t first = m / p.width * p.width, end = std::min(task.end, first + p.width);
         job.fill_rows(p, first, m - first, end - first, job.rows_of(p, first));
@@ -289,7 +292,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
   }
   for (size_t i = 0; i < plans.size(); ++i)
     for (int64_t first = 0; first < plans[i].padded; first += plans[i].width) tasks.push_back({static_cast<int32_t>(i), first, 0});
-  run(packers, [&](const Plan& p, const Task& task) {
+  run(short_rows ? alone : team, [&](const Plan& p, const Task& task) {
     char* to = job.rows_of(p, task.begin);
     if (!apart) job.fill_rows(p, task.begin, 0, count(p, task.begin), to);
     job.finish(p, task.begin, to);
@@ -304,7 +307,7 @@ void multiply(const Kernels& kernels, const Pool& pool, const Matrices& matrices
     for (int64_t n = 0; n < shape.n; n += step) tasks.push_back({static_cast<int32_t>(i), n, std::min(n + step, shape.n)});
   std::vector<Product> products;
   for (const Plan& p : plans) products.push_back(job.product(p, matrices, y, y_type));
-  run(rows * shape.k * shape.n < kSerialWork ? serial : pool, [&](const Plan& p, const Task& task) {
+  run(team, [&](const Plan& p, const Task& task) {
     const auto compute = p.operand == Operand::Half ? kernels.half_tile : p.operand == Operand::Float ? (p.stream ? kernels.float_stream : kernels.float_tile)
                          : p.stream ? kernels.int_stream : kernels.int_tile;
     const Product& product = products[static_cast<size_t>(task.plan)];
@@ -324,15 +327,17 @@ void take(const Kernels& kernels, const Pool& pool, const Weight& w, const int32
 void quantize(const Kernels& kernels, const Pool& pool, const Activation& activation, int64_t rows, int64_t k, int64_t together, void* codes,
               float* scale) {
   Activation a = activation;
+  const int64_t group = std::min(a.group, k), steps = (k + group - 1) / group, chunk = std::max<int64_t>(1, kSerialElements / (cost(a) * std::max<int64_t>(k, 1)));
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  Team team(pool, chunks);
   Common common;
   if (a.shared) {
     std::vector<Slice> slices;
     for (int64_t row = 0; row < rows; row += together) slices.push_back({row, together, 0});
-    common = find_common(kernels, pool, a, slices, k);
+    common = find_common(kernels, team, a, slices, k);
     a.scale = common.scale.data();
   }
-  const int64_t group = std::min(a.group, k), steps = (k + group - 1) / group, chunk = std::max<int64_t>(1, kSerialElements / (cost(a) * std::max<int64_t>(k, 1)));
-  parallel_for(pool, (rows + chunk - 1) / chunk, [&](int64_t t) {
+  team.run(chunks, [&](int64_t t) {
     thread_local Scratch wide;
     for (int64_t i = t * chunk; i < std::min(rows, (t + 1) * chunk); ++i) {
       const float* x = static_cast<const float*>(a.x) + i * k;
