@@ -22,21 +22,24 @@ struct IntDots {
   static inline __m512 floats(Sum v) { return _mm512_cvtepi32_ps(v); }
 };
 
-// The packed bytes that will be decoded next. They are asked for a few at a time between the products: all at once would be more
-// than the processor can have under way.
+// The packed bytes that will be decoded next, asked for one line a step: many at once would be more than the processor can have under
+// way, and it would wait.
 struct Ahead {
-  const uint8_t* p = nullptr;   // of the same piece of the next rows, or
-  int64_t row_bytes = 0, step = 0;    // bytes of 16 steps
-  const NextBlock* block = nullptr;   // in the order of addresses
-  int64_t at = 0;
-  inline void ask() {
-    if (block) {
-      block->ask(at, kMicro * step);
-      at += kMicro * step;
-    } else if (p) {
-      for (int r = 0; r < kMicro; ++r) _mm_prefetch(reinterpret_cast<const char*>(p + r * row_bytes), _MM_HINT_T0);
-      p += step;
-    }
+  static constexpr int kRound = 16;  // steps, in which a row of w advances by `round` bytes
+  const uint8_t* p;
+  int64_t step, wrap;
+  bool near = true;  // into the first-level cache
+  // Nothing: a line that is in the cache anyway.
+  explicit Ahead(const uint8_t* here) : p(here), step(0), wrap(0) {}
+  // In the order of addresses.
+  Ahead(const uint8_t* from, int64_t round, bool near) : p(from), step(kMicro * round / kRound), wrap(0), near(near) {}
+  // The same piece of rows side by side, each in turn.
+  Ahead(const uint8_t* from, int64_t row_bytes, int64_t round) : p(from), step(row_bytes), wrap(round - kRound * row_bytes) {}
+  inline void ask(int64_t k) {
+    if (near) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    else _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+    p += step;
+    if (k % kRound == kRound - 1) p += wrap;
   }
 };
 
@@ -44,7 +47,7 @@ struct Ahead {
 template <class Dots, int MV, int MR>
 inline void dots(const uint8_t* tile, const uint8_t* x, int64_t width, int64_t first, int64_t steps, Ahead& ahead, typename Dots::Sum (*acc)[MV]) {
   for (int64_t k = 0; k < steps; ++k) {
-    if ((first + k) % 16 == 0) ahead.ask();
+    ahead.ask(first + k);
     __m512i xv[MV];
 #pragma GCC unroll 2
     for (int v = 0; v < MV; ++v) xv[v] = _mm512_loadu_si512(x + k * width * 4 + 64 * v);
@@ -232,7 +235,6 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
   NextBlock::start(w, n0, block, n1);
   for (int64_t n = n0; n < n1; n += block) {
     const int64_t count = n1 - n < block ? n1 - n : block, micro = round_up(count, kMicro);
-    const NextBlock next_block(w, n, block, n1);
     int64_t asked = 0;
     for (int64_t r = 0; r < micro; ++r) {  // rows that pad the last register tile repeat a real one and are not stored
       const int64_t own = n + (r < count ? r : count - 1);
@@ -266,18 +268,19 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
           if (live < kMicro) std::memset(tile + live * kTileBytes, 0, static_cast<size_t>((kMicro - live) * kTileBytes));
           const bool along = block == kMicro && k + deep < kp;    // what comes next: more of these rows, or the next ones
           const int64_t next = along ? n + r : n + r + kMicro;
-          Ahead ahead;
-          constexpr int64_t step = 16 * Dots::kPer * bits / 8;
+          const Ahead nothing(tile);
+          Ahead first = nothing;
+          constexpr int64_t round = Ahead::kRound * Dots::kPer * bits / 8;
           if (fits) {
-            if (m0 == 0) ahead = {nullptr, 0, step, &next_block, asked};
+            if (m0 == 0 && n + block < n1) first = Ahead(w.codes + (n + block) * w.row_bytes + asked, round, !Dots::kInteger || bits < 8 || width > 16);  // few rows of x are over before whole bytes have room
             asked += kMicro * deep * bits / 8;
           } else if (next + kMicro <= w.n) {
-            ahead = {w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * bits / 8, w.row_bytes, step, nullptr, 0};
+            first = Ahead(w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * bits / 8, w.row_bytes, round);
           }
           const Sides sides{scales + r * w.segments, zeros + r * w.segments, codesums + r * segments, w.segments, segments};
-          const Ahead first = ahead;
           for (int64_t m = 0; m < rows; m += width) {
-            ahead = m == 0 || (m + width >= rows && first.p) ? first : Ahead{};
+            // Early for the second-level cache, and once more for the first.
+            Ahead ahead = m == 0 || (m + width >= rows && !fits) ? first : nothing;
             const int64_t at = (m0 + m) / width;
             const Panel panel{panels + (m0 + m) * kp * size, p.x.sums + at * segments * width, p.x.scale + at * p.x.scale_step * width,
                               p.x.zero ? p.x.zero + at * width : nullptr};
@@ -292,7 +295,7 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
               continue;
             }
             constexpr int half = kMicro / 2;
-            for (int h = 0; h < 2; ++h, ahead = {}) {
+            for (int h = 0; h < 2; ++h, ahead = nothing) {
               const int64_t skip = h * half;
               const Sides own{sides.scale + skip * sides.step, sides.zero + skip * sides.step, nullptr, sides.step, 0};
               short_micro<Dots, 2, half>(p, cut, tile + skip * kTileBytes, panel, width, s0, s1, end, own, offset, to + skip * stride, stride, ahead);
