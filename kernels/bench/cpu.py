@@ -1,4 +1,4 @@
-"""Speed of the native CPU kernels against their peers: python kernels/bench/cpu.py [--rows 1,16] [--shapes 4096x4096] [--schemes a,b].
+"""Speed of the native CPU kernels against their peers: python kernels/bench/cpu.py [--rows 1,16] [--shapes 4096x4096] [--schemes a,b] ...
 
 For every shape (in x out) and number of rows the candidates take turns, so that a crowded machine slows all of them alike; what is
 printed is the median over the turns of (time of XLA float32) / (time of the candidate), of (time of the best peer of the same scheme) /
@@ -239,8 +239,10 @@ def main():
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--inline", action="store_true", help="JAX computes in the calling thread, as the peers do")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    jax.config.update("jax_cpu_enable_async_dispatch", not options.inline)
     library = ctypes.CDLL(str(_library._find()))
     bandwidth, peak = read_bandwidth(library), peaks(library)
     print(f"{_library.isa()}, {os.cpu_count()} cores, {bandwidth / 1e9:.1f} GB/s read, peak of products "

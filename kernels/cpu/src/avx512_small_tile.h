@@ -226,7 +226,7 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
   const auto* panels = reinterpret_cast<const uint8_t*>(p.x.i8);
   uint8_t* tile = thread_scratch<1>().get<uint8_t>(kMicro * kTileBytes);
   float* sums = thread_scratch<2>().get<float>(static_cast<size_t>(2 * block * stride));
-  int32_t* partial = reinterpret_cast<int32_t*>(sums + block * stride);
+  int32_t* partial = reinterpret_cast<int32_t*>(segments == 1 ? sums : sums + block * stride);  // a single segment has no sums before its end
   float* scales = thread_scratch<0>().get<float>(static_cast<size_t>(block * (2 * w.segments + segments)));
   int32_t* zeros = reinterpret_cast<int32_t*>(scales + block * w.segments);
   int32_t* codesums = zeros + block * w.segments;
@@ -272,7 +272,8 @@ void small_tile(const Product& p, int64_t n0, int64_t n1) {
           Ahead first = nothing;
           constexpr int64_t round = Ahead::kRound * Dots::kPer * bits / 8;
           if (fits) {
-            if (m0 == 0 && n + block < n1) first = Ahead(w.codes + (n + block) * w.row_bytes + asked, round, !Dots::kInteger || bits < 8 || width > 16);  // few rows of x are over before whole bytes have room
+            // Few rows of x are over so soon that a block of whole bytes would push them out of the first level.
+            if (m0 == 0 && n + block < n1) first = Ahead(w.codes + (n + block) * w.row_bytes + asked, round, !Dots::kInteger || bits < 8 || width > 16);
             asked += kMicro * deep * bits / 8;
           } else if (next + kMicro <= w.n) {
             first = Ahead(w.codes + next * w.row_bytes + (along ? k + deep : block == kMicro ? 0 : k) * bits / 8, w.row_bytes, round);
