@@ -154,7 +154,7 @@ def read_sentences(path: str | Path | None = None) -> list[str]:
 
 def measure(
     encoder, names: Sequence[str] | None = None, sentences: Sequence[str] | None = None, *,
-    batches: Sequence[int] = (1, 16), rounds: int = 5, progress: Callable[[Iterable, str], Iterable] | None = None,
+    batches: Sequence[int] = (1, 16), rounds: int = 15, progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Demo:
     """Run the demonstration.
 

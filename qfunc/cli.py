@@ -45,7 +45,7 @@ def demo(
     schemes: Annotated[str | None, typer.Option(help="comma-separated; NAME+table also quantizes the word embeddings")] = None,
     sentences: Annotated[Path | None, typer.Option(help="text file, one sentence a line")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="batch size to time; may be repeated [default: 1 and 16]", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="timings of each scheme, of which the median counts", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="timings of each scheme, of which the median counts", min=1)] = 15,
 ) -> None:
     """Quantize a sentence encoder with every scheme that makes sense and measure each against float32."""
     from ._demo import measure, read_sentences

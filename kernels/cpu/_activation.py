@@ -18,7 +18,7 @@ NONE, CODES, TOKEN, GROUP, GIVEN, FLOAT, FLOAT_CODES = range(7)
 """Where codes and scales of an activation come from. NONE is a product in floating point, FLOAT one of the values of small floats,
 FLOAT_CODES the same of codes that come with the call."""
 
-AMAX, POWER, TWO_LEVEL, KNOWN = range(4)
+AMAX, POWER, TWO_LEVEL, KNOWN, DUAL = range(5)
 """Rules of the scales of small floats, as the handlers number them; KNOWN scales come with the call."""
 
 FORMATS = {"fp8_e4m3": (3, -6, 7), "fp8_e5m2": (2, -14, 7), "fp6_e2m3": (3, 0, 5), "fp6_e3m2": (2, -2, 5), "fp4_e2m1": (1, 0, 3)}
@@ -29,6 +29,10 @@ MX = {"mx_floor": (None, 0), "mx_even": (None, None), "mx_even1": (None, 1 << 21
       "mx_ceil_x": (7.25, CEIL)}
 """Rules of powers of two: what amax is divided by first, and what is added to its bits before the exponent is read; where nothing is
 divided, the exponent of the largest code comes off. `mx_even` rounds to the element's own mantissa."""
+
+
+DUAL_GROUPS = (16, 32, 64, 128)
+"""Groups below an outer scale of `mx_dual` that the handlers know."""
 
 
 class Side(NamedTuple):
@@ -68,6 +72,8 @@ def float_attributes(spec: ActivationSpec | None) -> dict | None:
         rule = TWO_LEVEL
     elif spec.granularity.kind == "tensor":
         rule = KNOWN
+    elif spec.scale_rule == "mx_dual" and spec.granularity.size in DUAL_GROUPS:
+        rule, emax = DUAL, _scales.MX_ELEMENTS[spec.code][0]
     elif spec.scale_rule in MX:
         rule = POWER
         divisor, bump = MX[spec.scale_rule]

@@ -69,7 +69,7 @@ def test_int32_sums_bit_for_bit(rng, name):
 
 SPECS = {name: qfunc.scheme(name).activation for name in (
     "w8a8_dynamic", "w4a4_dynamic", "w8a8_block", "w8a8_dynamic_tensor", "fp8", "fp8_dynamic", "fp8_block", "fp8_e5m2_dynamic", "mxfp8",
-    "mxfp8_e5m2", "mxfp6_a6", "mxfp4", "nvfp4", "nvfp4_token")}
+    "mxfp8_e5m2", "mxfp6_a6", "mxfp4", "mxfp4_dual", "nvfp4", "nvfp4_token")}
 RULES = {rule: dataclasses.replace(SPECS["mxfp4"], scale_rule=rule, code=code) for rule, code in (
     ("mx_floor", "fp4_e2m1"), ("mx_even", "fp6_e3m2"), ("mx_even1", "fp8_e4m3"), ("mx_ceil", "fp6_e2m3"), ("mx_ceil_x", "fp4_e2m1"))}
 
@@ -78,7 +78,8 @@ RULES = {rule: dataclasses.replace(SPECS["mxfp4"], scale_rule=rule, code=code) f
 def test_small_float_codes_bit_for_bit(rng, name):
     """Codes and scales as the reference makes them, over all magnitudes, halves of every step, zeros, and a part of a group."""
     spec = {**SPECS, **RULES}[name]
-    x = rng.standard_normal((3, 11, 400), np.float32) * np.exp2(rng.integers(-30, 30, (3, 11, 1)))
+    columns = 400 if spec.scale_rule != "mx_dual" else 1200            # more than one outer scale, and a part of one
+    x = rng.standard_normal((3, 11, columns), np.float32) * np.exp2(rng.integers(-30, 30, (3, 11, 1)))
     x[0] = np.round(x[0] / np.abs(x[0]).max() * 48) / 8                 # many ties
     x[1, 2], x[1, 3, :100], x[2, 4, 7] = 0, -0.0, 1e30
     if spec.clip == 1 and "int" in spec.code:
@@ -192,7 +193,8 @@ def test_nan_and_infinity_stay_in_their_row(rng, name):
     assert np.all(np.isnan(np.asarray(native)[:, 3])) and np.all(np.isfinite(np.asarray(native)[0, :3]))
 
 
-@pytest.mark.parametrize("name", ["fp8_dynamic", "fp8_e5m2_dynamic", "mxfp8", "mxfp6", "mxfp6_a6", "mxfp4", "mxfp4_a8", "nvfp4_token"])
+@pytest.mark.parametrize("name", ["fp8_dynamic", "fp8_e5m2_dynamic", "mxfp8", "mxfp6", "mxfp6_a6", "mxfp4", "mxfp4_dual", "mxfp4_a8",
+                                  "nvfp4_token"])
 def test_small_floats_keep_nan_and_infinity_in_their_row(rng, name):
     """Also where both sides are multiplied as whole numbers, which have no NaN: the scale carries it."""
     q = quantized(rng, name, 256, 33)

@@ -81,13 +81,23 @@ inline float cell_scale(float top, const FloatFormat& f, float outer) {
     case Rule::Amax: return usable(top / f.largest);
     case Rule::Given: return outer;
     case Rule::Power: return power(top, f);
-    case Rule::TwoLevel: break;
+    case Rule::TwoLevel: case Rule::Dual: break;
   }
   return two_level(top, f, outer);
 }
 
-// Scales of `count` cells from their largest elements; every rule is a loop of its own, which compilers vectorise.
-inline void cell_scales(const float* top, int64_t count, const FloatFormat& f, float outer, float* s) {
+// Scales of `count` cells of `size` from their largest elements, the first of them at the beginning of a span; every rule is a loop of its
+// own, which compilers vectorise.
+inline void cell_scales(const float* top, int64_t count, int64_t size, const FloatFormat& f, float outer, float* s) {
+  if (f.rule == Rule::Dual) {
+    const int64_t cells = kDualSpan / size;
+    for (int64_t first = 0; first < count; first += cells) {
+      const int64_t last = first + cells < count ? first + cells : count;
+      const float wide = usable(largest(top + first, last - first) / f.largest);
+      for (int64_t i = first; i < last; ++i) s[i] = power(top[i] / wide, f) * wide;
+    }
+    return;
+  }
   if (f.rule == Rule::TwoLevel)
     for (int64_t i = 0; i < count; ++i) s[i] = two_level(top[i], f, outer);
   else if (f.rule == Rule::Power)
@@ -108,7 +118,7 @@ inline void quantize_cells(const float* x, int64_t k, int64_t group, const Float
       const int64_t start = (first + g) * size, left = k - start;
       top[g] = (f.rule == Rule::Given ? 0.0f : left >= size ? largest(x + start, size) : largest(x + start, left)) * clip;
     }
-    cell_scales(top, here, f, outer, s);
+    cell_scales(top, here, size, f, outer, s);
     for (int64_t g = 0; out.scale && g < here; ++g) out.scale[first + g] = s[g];
     for (int64_t g = 0; g < here; ++g) {
       const int64_t start = (first + g) * size, left = k - start;

@@ -77,9 +77,10 @@ Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffe
   const bool small = a.mode == Quantize::FloatCodes, codes = a.mode == Quantize::Codes || small;
   if (small ? width_of(x.element_type()) != 1 : codes ? x.element_type() != DataType::S8 : !is_float(a.type)) return refuse("x has an unexpected type");
   if (a.mode == Quantize::Float || small) {
-    const bool known = at.rule >= 0 && at.rule <= static_cast<int32_t>(Rule::Given) && at.mantissa >= 1 && at.mantissa <= 3 && at.sign >= 3 && at.sign <= 7 &&
+    const bool known = at.rule >= 0 && at.rule <= static_cast<int32_t>(Rule::Dual) && at.mantissa >= 1 && at.mantissa <= 3 && at.sign >= 3 && at.sign <= 7 &&
                        at.exponent >= -14 && at.exponent <= 0;
     if (!known) return refuse("unknown activation format");
+    if (at.rule == static_cast<int32_t>(Rule::Dual) && (at.group < 16 || kDualSpan % at.group)) return refuse("groups that do not divide an outer one");
     a.format = {at.mantissa, at.exponent, at.highest, at.sign, static_cast<Rule>(at.rule), at.divisor, at.bump, at.emax};
   }
   if (at.together < 0 || (at.together > 0 && rows % at.together)) return refuse("rows do not divide into what shares a scale");

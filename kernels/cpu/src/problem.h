@@ -17,10 +17,12 @@ enum class Input : int32_t { F32, BF16, F16, Int8 };
 // Float: codes of a small float format, whose values are multiplied in floating point; FloatCodes: such codes as they come in.
 enum class Quantize : int32_t { None, Codes, Token, Group, Given, Float, FloatCodes };
 // How the scale of a cell of a small float activation comes about.
-enum class Rule : int32_t { Amax, Power, TwoLevel, Given };
+enum class Rule : int32_t { Amax, Power, TwoLevel, Given, Dual };
+constexpr int64_t kDualSpan = 512;  // codes under an outer scale of Rule::Dual
 
 // A small float format and its scales. Amax: s = clip amax / largest. Power (MX): s = 2^e, e the exponent field of amax / divisor after
 // `bump` is added to its bits, less `emax`. TwoLevel (NVFP4): s = e4m3(clip amax / largest / outer) outer.
+// Dual: s = Power of clip amax / outer, times outer = clip amax / largest of kDualSpan codes.
 struct FloatFormat {
   int32_t mantissa, exponent;  // bits of the mantissa, exponent of the smallest normal number
   float largest;
