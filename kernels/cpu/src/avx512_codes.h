@@ -73,9 +73,9 @@ inline __m512i select(__m512i mask, __m512i a, __m512i b) { return _mm512_ternar
 // Up to 4 bits: any values, by a table of 16 in a register.
 template <int Bits>
 struct DecodeTable {
-  static constexpr bool natural = false;
+  static constexpr bool natural = false, tabled = true;
   static constexpr int bytes_per_block = 16 * Bits;
-  __m512 table;
+  __m512 table, scaled;
   __m512i state;
   explicit DecodeTable(const Weight& w) {
     alignas(64) float t[16];
@@ -92,12 +92,17 @@ struct DecodeTable {
   }
   template <int V>
   inline __m512 vec() const { return _mm512_permutexvar_ps(_mm512_srli_epi32(state, 4 * V), table); }
+  // Where a block has one scale, it is applied to the table.
+  inline void scale(__m512 s) { scaled = _mm512_mul_ps(table, s); }
+  inline void scale(__m512 s, __m512 shift) { scaled = _mm512_fmadd_ps(table, s, shift); }
+  template <int V>
+  inline __m512 scaled_vec() const { return _mm512_permutexvar_ps(_mm512_srli_epi32(state, 4 * V), scaled); }
 };
 
 // 5 to 7 bits: the low nibble and the bits above it.
 template <int Bits>
 struct DecodeWide {
-  static constexpr bool natural = false;
+  static constexpr bool natural = false, tabled = false;
   static constexpr int bytes_per_block = 16 * Bits;
   __m512i nibbles, high, offset;
   explicit DecodeWide(const Weight& w) : offset(_mm512_set1_epi32(w.offset)) {}
@@ -119,7 +124,7 @@ struct DecodeWide {
 
 // e2m3 and e3m2: 32 magnitudes in two registers and a sign.
 struct DecodeFloat6 {
-  static constexpr bool natural = false;
+  static constexpr bool natural = false, tabled = false;
   static constexpr int bytes_per_block = 96;
   DecodeWide<6> wide;
   __m512 low, high;
@@ -135,7 +140,7 @@ struct DecodeFloat6 {
 
 template <bool Signed>
 struct DecodeInt8 {
-  static constexpr bool natural = true;
+  static constexpr bool natural = true, tabled = false;
   static constexpr int bytes_per_block = 128;
   const uint8_t* p;
   explicit DecodeInt8(const Weight&) {}
@@ -150,7 +155,7 @@ struct DecodeInt8 {
 // fp8 through half precision, whose conversion is exact for subnormals whatever the flush modes are.
 template <bool E4M3>
 struct DecodeFloat8 {
-  static constexpr bool natural = true;
+  static constexpr bool natural = true, tabled = false;
   static constexpr int bytes_per_block = 128;
   const uint8_t* p;
   explicit DecodeFloat8(const Weight&) {}
@@ -169,7 +174,7 @@ struct DecodeFloat8 {
 
 // ggml's blocks are decoded by plain loops, their own scales included, and read again from the first-level cache.
 struct DecodeGgml {
-  static constexpr bool natural = true;
+  static constexpr bool natural = true, tabled = false;
   static constexpr int bytes_per_block = 0;
   const Weight* w;
   alignas(64) float values[kBlock];

@@ -80,6 +80,10 @@ class Spreader {
   // The segment of block b where segments hold whole blocks.
   inline int64_t whole(int64_t b) const { return static_cast<int64_t>(static_cast<uint64_t>(b) * inverse_ >> 32); }
   inline bool any() const { return kind_ == Kind::Any; }
+  inline bool even() const { return kind_ == Kind::Even; }
+  // Natural order, groups of 16 to 64: where the scale of vector V of block b is.
+  inline int64_t start(int64_t b) const { return b * per_; }
+  inline int64_t at(int v) const { return at_[v]; }
   inline void all(const float* s, int64_t b, __m512* out) const {
     if (kind_ == Kind::Any) return slow(s, b, out);
     if constexpr (Natural) {

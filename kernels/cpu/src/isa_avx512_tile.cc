@@ -65,6 +65,7 @@ template <class Decode, Spread Mode, bool Shifted>
 void float_decode(const Weight& w, const Decode& prototype, const Spreader<Decode::natural>& spreader, int64_t n, int64_t live, int64_t b0, int64_t b1,
                   const float* scales, int64_t own, float* tile) {
   constexpr int kKinds = Mode == Spread::Whole ? 1 : Mode == Spread::Halves ? 2 : 8;
+  constexpr bool tabled = Decode::tabled && Mode == Spread::Whole;
   alignas(64) uint8_t tail[kBlock];
   Decode decode = prototype;  // a copy stays in registers
   for (int64_t i = 0; i < live; ++i) {
@@ -77,6 +78,8 @@ void float_decode(const Weight& w, const Decode& prototype, const Spreader<Decod
       if constexpr (Mode == Spread::Whole) {
         s[0] = _mm512_set1_ps(scale[spreader.whole(b)]);
         if constexpr (Shifted) c[0] = _mm512_set1_ps(shift[spreader.whole(b)]);
+        if constexpr (tabled && Shifted) decode.scale(s[0], c[0]);
+        else if constexpr (tabled) decode.scale(s[0]);
       } else if constexpr (Mode == Spread::Halves) {
         spreader.halves(scale, b, s[0], s[1]);
         if constexpr (Shifted) spreader.halves(shift, b, c[0], c[1]);
@@ -86,8 +89,11 @@ void float_decode(const Weight& w, const Decode& prototype, const Spreader<Decod
       }
 #define QFUNC_STEP(V)                                                                             \
   {                                                                                               \
-    const __m512 value = decode.template vec<V>();                                                \
-    _mm512_storeu_ps(out + 16 * V, Shifted ? _mm512_fmadd_ps(value, s[V % kKinds], c[V % kKinds]) : _mm512_mul_ps(value, s[V % kKinds])); \
+    __m512 value;                                                                                 \
+    if constexpr (tabled) value = decode.template scaled_vec<V>();                                \
+    else if constexpr (Shifted) value = _mm512_fmadd_ps(decode.template vec<V>(), s[V % kKinds], c[V % kKinds]); \
+    else value = _mm512_mul_ps(decode.template vec<V>(), s[V % kKinds]);                          \
+    _mm512_storeu_ps(out + 16 * V, value);                                                        \
   }
       QFUNC_STEP(0) QFUNC_STEP(1) QFUNC_STEP(2) QFUNC_STEP(3) QFUNC_STEP(4) QFUNC_STEP(5) QFUNC_STEP(6) QFUNC_STEP(7)
 #undef QFUNC_STEP
