@@ -34,8 +34,8 @@ KINDS = ("float32", "int8", "bf16")
 SHAPES = {"4096x4096": (4096, 4096), "qwen3-8b qkv": (4096, 6144), "qwen3-8b o": (4096, 4096), "qwen3-8b gate_up": (4096, 24576),
           "qwen3-8b down": (12288, 4096), "qwen3-30b-a3b expert": (2048, 1536)}
 ROWS = (1, 4, 16, 64, 256, 1024)
-PAUSE = 0.003
-"""Seconds before every call: threads of torch and onnxruntime go on spinning for a while, which is nobody else's time. The caller waits
+PAUSE = 0.02
+"""Seconds before every call: threads of torch and onnxruntime go on spinning for up to ten milliseconds, on somebody else's core. The caller waits
 without sleeping, since a processor that slept is slow for the next half millisecond."""
 RIVALS = {
     "w8a8_dynamic": ("torch int_mm", "torchao w8a8", "ort int8", "qwix w8a8"),
