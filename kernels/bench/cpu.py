@@ -3,7 +3,8 @@
 For every shape (in x out) and number of rows the candidates take turns, so that a crowded machine slows all of them alike; what is
 printed is the median over the turns of (time of XLA float32) / (time of the candidate), of (time of the best peer of the same scheme) /
 (time of ours), and of (floor) / (time of ours). The floor is the longer of packed bytes over the measured read bandwidth and of
-multiply-adds over the measured peak of the instruction that the scheme needs. Every candidate finds the caches full of other candidates'
+multiply-adds over the measured peak of the instruction that the scheme needs. `--layers 4` sends x through four weights in one call, as a
+model does: of a single product of a few rows, a third is the call. Every candidate finds the caches full of other candidates'
 weights, as the layers of a model do, and the other threads asleep. Peers that are not installed are named and left out:
 torch, torchao, bitsandbytes, onnxruntime + onnx, qwix. llama.cpp is compared in its own process, by its own `llama-bench`.
 """
@@ -35,8 +36,8 @@ SHAPES = {"4096x4096": (4096, 4096), "qwen3-8b qkv": (4096, 6144), "qwen3-8b o":
           "qwen3-8b down": (12288, 4096), "qwen3-30b-a3b expert": (2048, 1536)}
 ROWS = (1, 4, 16, 64, 256, 1024)
 PAUSE = 0.02
-"""Seconds before every call: threads of torch and onnxruntime go on spinning for up to ten milliseconds, on somebody else's core. The caller waits
-without sleeping, since a processor that slept is slow for the next half millisecond."""
+"""Seconds before every call: threads of torch and onnxruntime go on spinning for up to ten milliseconds, on somebody else's core. The
+caller waits without sleeping, since a processor that slept is slow for the next half millisecond."""
 RIVALS = {
     "w8a8_dynamic": ("torch int_mm", "torchao w8a8", "ort int8", "qwix w8a8"),
     "w8a16": ("torchao w8a16", "ort nbits8 f32"),
@@ -51,16 +52,25 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def ours(w, schemes):
+def chained(f):
+    """x through one weight after the other, in one program."""
+    def run(x, weights):
+        for w in weights:
+            x = f(x, w)
+        return x
+    return jax.jit(run)
+
+
+def ours(ws, schemes):
     """XLA's float32 matmul and every scheme: name to a function that binds x."""
-    weights = {"XLA f32": (jax.jit(jnp.matmul), w)}
+    weights = {"XLA f32": (chained(jnp.matmul), ws)}
     for name in schemes:
-        weights[name] = (jax.jit(qfunc.matmul), qfunc.quantize({"kernel": w}, name)["kernel"])
+        weights[name] = (chained(qfunc.matmul), [qfunc.quantize({"kernel": w}, name)["kernel"] for w in ws])
 
     def bound(f, q):
         return lambda x: lambda: f(x, q).block_until_ready()
 
-    return {name: bound(f, q) for name, (f, q) in weights.items()}, {name: q.nbytes for name, (_, q) in weights.items()}
+    return {name: bound(f, q) for name, (f, q) in weights.items()}, {name: sum(q.nbytes for q in qs) for name, (_, qs) in weights.items()}
 
 
 def torch_peers(w):
@@ -112,16 +122,22 @@ def bnb_peers(w):
     return {"bnb nf4": bind}
 
 
-def ort_peers(w):
+def ort_peers(ws):
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
-    columns, outs = w.shape
+    columns, outs = ws[0].shape
     rng = np.random.default_rng(0)
 
-    def session(nodes, constants):
-        graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, columns])],
-                                  [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, outs])],
+    def session(layer):
+        """`layer(x, y, i)` gives the nodes and constants that lead from x to y."""
+        nodes, constants = [], {}
+        for i in range(len(ws)):
+            more, values = layer(f"x{i}", f"x{i + 1}", str(i))
+            nodes += more
+            constants.update(values)
+        graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [None, columns])],
+                                  [helper.make_tensor_value_info(f"x{len(ws)}", TensorProto.FLOAT, [None, outs])],
                                   [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=9)
         options = ort.SessionOptions()
@@ -130,7 +146,7 @@ def ort_peers(w):
         run = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
         def bind(x):
-            feed = {"x": np.asarray(x)}
+            feed = {"x0": np.asarray(x)}
             return lambda: run.run(None, feed)
 
         return bind
@@ -138,38 +154,60 @@ def ort_peers(w):
     scale = rng.random((outs * columns // 128,), np.float32) * 0.01
     found = {}
     for name, bits, level in (("ort nbits4 f32", 4, 1), ("ort nbits4 int8", 4, 4), ("ort nbits8 f32", 8, 1)):
-        node = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=columns, N=outs, bits=bits,
-                                block_size=128, accuracy_level=level)
-        found[name] = session([node], {"b": rng.integers(0, 256, (outs, columns // 128, 16 * bits), np.uint8), "s": scale})
-    dynamic = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "sx", "zx"]),
-               helper.make_node("MatMulIntegerToFloat", ["q", "b", "sx", "sb", "zx"], ["y"], domain="com.microsoft")]
-    codes = rng.integers(-127, 127, (columns, outs), np.int8)
-    found["ort int8"] = session(dynamic, {"b": codes, "sb": np.full(outs, 0.01, np.float32)})
+        def few_bits(x, y, i, bits=bits, level=level):
+            node = helper.make_node("MatMulNBits", [x, "b" + i, "s"], [y], domain="com.microsoft", K=columns, N=outs, bits=bits,
+                                    block_size=128, accuracy_level=level)
+            return [node], {"b" + i: rng.integers(0, 256, (outs, columns // 128, 16 * bits), np.uint8), "s": scale}
+
+        found[name] = session(few_bits)
+
+    def dynamic(x, y, i):
+        nodes = [helper.make_node("DynamicQuantizeLinear", [x], ["q" + i, "sx" + i, "zx" + i]),
+                 helper.make_node("MatMulIntegerToFloat", ["q" + i, "b" + i, "sx" + i, "sb", "zx" + i], [y], domain="com.microsoft")]
+        return nodes, {"b" + i: rng.integers(-127, 127, (columns, outs), np.int8), "sb": np.full(outs, 0.01, np.float32)}
+
+    found["ort int8"] = session(dynamic)
     return found
 
 
-def qwix_peers(w):
+def qwix_peers(ws):
     import qwix
     dims = (((1,), (0,)), ((), ()))
-    eight = qwix.quantize(w, "int8", channelwise_axes=(1,))
-    four = qwix.quantize(w, "int4", channelwise_axes=(1,), tiled_axes={0: 128})
-    w8a8 = jax.jit(lambda x, w: qwix.dot_general(qwix.quantize(x, "int8", channelwise_axes=(0,)), w, dims))
-    w4a16 = jax.jit(lambda x, w: qwix.dot_general(x, w, dims))
+    eight = [qwix.quantize(w, "int8", channelwise_axes=(1,)) for w in ws]
+    four = [qwix.quantize(w, "int4", channelwise_axes=(1,), tiled_axes={0: 128}) for w in ws]
+    w8a8 = chained(lambda x, w: qwix.dot_general(qwix.quantize(x, "int8", channelwise_axes=(0,)), w, dims))
+    w4a16 = chained(lambda x, w: qwix.dot_general(x, w, dims))
     return {"qwix w8a8": lambda x: lambda: jax.block_until_ready(w8a8(x, eight)),
             "qwix w4a16": lambda x: lambda: jax.block_until_ready(w4a16(x, four))}
 
 
-PEERS = (("torch", torch_peers), ("torchao", torchao_peers), ("bitsandbytes", bnb_peers), ("onnxruntime", ort_peers), ("qwix", qwix_peers))
+def each(make):
+    """Peers that are called for one weight after the other."""
+    def several(ws):
+        made = [make(w) for w in ws]
+
+        def bind_all(name):
+            def bind(x):
+                calls = [one[name](x) for one in made]
+                return lambda: [call() for call in calls]
+            return bind
+
+        return {name: bind_all(name) for name in made[0]}
+    return several
 
 
-def peers(w, missing: set):
+PEERS = (("torch", each(torch_peers)), ("torchao", each(torchao_peers)), ("bitsandbytes", each(bnb_peers)),
+         ("onnxruntime", ort_peers), ("qwix", qwix_peers))
+
+
+def peers(ws, missing: set):
     found = {}
     for package, make in PEERS:
         if not installed(package):
             missing.add(package)
             continue
         try:
-            found.update(make(w))
+            found.update(make(ws))
         except Exception as error:  # a peer that does not run here is reported, not hidden
             missing.add(f"{package} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})")
     return found
@@ -242,6 +280,7 @@ def main():
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=1, help="weights that x passes through in one call, as in a model")
     parser.add_argument("--inline", action="store_true", help="JAX computes in the calling thread, as the peers do")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -253,13 +292,17 @@ def main():
     missing: set[str] = set()
     for shape in options.shapes.split(","):
         columns, outs = SHAPES[shape]
-        w = jnp.asarray(np.random.default_rng(0).standard_normal((columns, outs), np.float32) / np.sqrt(columns))
-        mine, sizes = ours(w, options.schemes.split(","))
-        candidates = {**mine, **peers(w, missing)}
+        if options.layers > 1 and columns != outs:
+            parser.error("only square matrices follow each other")
+        rng = np.random.default_rng(0)
+        ws = [jnp.asarray(rng.standard_normal((columns, outs), np.float32) / np.sqrt(columns)) for _ in range(options.layers)]
+        mine, sizes = ours(ws, options.schemes.split(","))
+        candidates = {**mine, **peers(ws, missing)}
         for rows in map(int, options.rows.split(",")):
             x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, columns), np.float32))
             times = turns({name: bind(x) for name, bind in candidates.items()}, options.repeats, missing)
-            floors = {name: max(size / bandwidth, rows * columns * outs / peak[_kind(name)]) for name, size in sizes.items()}
+            work = options.layers * rows * columns * outs
+            floors = {name: max(size / bandwidth, work / peak[_kind(name)]) for name, size in sizes.items()}
             report(shape, rows, times, floors)
     if missing:
         print("\nnot measured:", "; ".join(sorted(missing)))
