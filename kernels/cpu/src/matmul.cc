@@ -104,7 +104,9 @@ struct Job {
       } else {
         int32_t* lane = sums + i * lanes;
         std::fill(lane, lane + lanes, 0);
-        for (int64_t j = i * segment; j < end; ++j) lane[j / 4 % lanes] += codes[j];
+        // Segments start with the first lane, and what follows K in the last one is zero.
+        for (int64_t j = i * segment; j < end; j += 4 * lanes)
+          for (int64_t l = 0; l < lanes; ++l) lane[l] += codes[j + 4 * l] + codes[j + 4 * l + 1] + codes[j + 4 * l + 2] + codes[j + 4 * l + 3];
       }
     }
     for (int64_t i = 0; i < x_steps; ++i) scale[i * step] = s[i];
