@@ -129,7 +129,10 @@ inline void quantize_cells(const float* x, int64_t k, int64_t group, const Float
           for (int64_t i = start; i < start + count; ++i) codes[i] = code_of(found(i), f);
         if (int8_t* wholes = out.wholes)
 #pragma GCC ivdep
-          for (int64_t i = start; i < start + count; ++i) wholes[i] = static_cast<int8_t>(static_cast<int32_t>(found(i) * unit));
+          for (int64_t i = start; i < start + count; ++i) {
+            const float steps = found(i) * unit;
+            wholes[i] = static_cast<int8_t>(static_cast<int32_t>(steps == steps ? steps : 0.0f));  // the scale carries NaN
+          }
         if (uint16_t* halves = out.halves)
 #pragma GCC ivdep
           for (int64_t i = start; i < start + count; ++i) halves[i] = static_cast<uint16_t>(to_bits(found(i)) >> 16);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -68,7 +69,7 @@ inline float value_of(const FloatFormat& f, int c) {
   return c >> f.sign & 1 ? -value : value;
 }
 
-// What each byte of FloatCodes becomes; which of them is filled depends on the operand.
+// What each byte of FloatCodes is as each kind of operand.
 struct Bytes {
   std::vector<float> floats;
   std::vector<int8_t> wholes;
