@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from near import near
 
 import qfunc
 from qfunc._qtensor import static_from_json, static_to_json
@@ -66,7 +67,7 @@ def test_closed_over_equals_argument(rng, name):
     q = make(rng, name)
     x = jnp.asarray(rng.standard_normal((5, 192)), jnp.float32)
     np.testing.assert_array_equal(jax.jit(lambda: q.dequantize())(), jax.jit(lambda q: q.dequantize())(q))
-    np.testing.assert_allclose(jax.jit(lambda x: x @ q)(x), jax.jit(lambda x, q: x @ q)(x, q), rtol=1e-5, atol=1e-5)
+    near(jax.jit(lambda x: x @ q)(x), jax.jit(lambda x, q: x @ q)(x, q))
 
 
 def test_operators(rng):
@@ -75,7 +76,7 @@ def test_operators(rng):
     want = qfunc.matmul(jnp.asarray(x), q)
     np.testing.assert_array_equal(x @ q, want)                     # a numpy operand reaches __rmatmul__
     np.testing.assert_array_equal(jnp.asarray(x) @ q, want)
-    np.testing.assert_allclose(q.T @ x.T, want.T, rtol=1e-6, atol=1e-6)
+    near(q.T @ x.T, want.T, 1e-6)
     assert q.T.shape == (40, 192)
     np.testing.assert_array_equal(q.T.dequantize(), q.dequantize().T)
     with pytest.raises(ValueError, match="contracts"):
@@ -99,7 +100,7 @@ def test_device_put_and_donation(rng):
     assert placed.codes.sharding.num_devices == 2
     equal(placed, q)
     x = jnp.asarray(rng.standard_normal((5, 192)), jnp.float32)
-    np.testing.assert_allclose(jax.jit(qfunc.matmul)(x, placed), x @ q, rtol=1e-5, atol=1e-5)
+    near(jax.jit(qfunc.matmul)(x, placed), x @ q)
     twice = jax.jit(lambda q: jax.tree.map(lambda a: a, q), donate_argnums=0)(jax.tree.map(jnp.copy, q))
     equal(twice, q)
 
@@ -117,7 +118,7 @@ def test_shard_map_sees_local_shapes(rng):
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("t")), "out_specs": PartitionSpec(None, "t")}
     y = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(x, q)
     assert seen[0] == (192, 24)
-    np.testing.assert_allclose(y, x @ q, rtol=1e-5, atol=1e-5)
+    near(y, x @ q)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -144,7 +145,7 @@ def test_export_with_a_packed_argument(rng):
         exported = jax.export.export(jax.jit(qfunc.matmul), platforms=("cpu", "cuda"),
                                      disabled_checks=qfunc.kernels.export_checks())(x, q)
     assert exported.platforms == ("cpu", "cuda")
-    np.testing.assert_allclose(jax.export.deserialize(exported.serialize()).call(x, q), x @ q, rtol=1e-5, atol=1e-5)
+    near(jax.export.deserialize(exported.serialize()).call(x, q), x @ q)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

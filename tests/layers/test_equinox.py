@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from near import near
 
 import qfunc
 
 eqx = pytest.importorskip("equinox")
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 class Model(eqx.Module):
@@ -51,10 +47,10 @@ def test_linear_runs_packed(key):
         q = qfunc.quantize(linear, scheme)
         assert q.weight.shape == (32, 64) and q.weight.matrix_shape == (64, 32)
         want = x @ q.weight.dequantize().T + linear.bias
-        close(q(x[0]), want[0])
-        close(jax.vmap(q)(x), want)
-        close(eqx.filter_jit(lambda q, x: jax.vmap(q)(x))(q, x), want)
-        close(jax.grad(lambda x: jnp.sin(q(x)).sum())(x[0]), jax.grad(lambda x: jnp.sin(qfunc.dequantize(q)(x)).sum())(x[0]))     # noqa: B023
+        near(q(x[0]), want[0])
+        near(jax.vmap(q)(x), want)
+        near(eqx.filter_jit(lambda q, x: jax.vmap(q)(x))(q, x), want)
+        near(jax.grad(lambda x: jnp.sin(q(x)).sum())(x[0]), jax.grad(lambda x: jnp.sin(qfunc.dequantize(q)(x)).sum())(x[0]))     # noqa: B023
     y = jax.vmap(qfunc.quantize(linear, "w8a8_dynamic"))(x)
     assert 1e-3 < jnp.linalg.norm(y - jax.vmap(linear)(x)) / jnp.linalg.norm(y) < 0.03
 
@@ -66,9 +62,9 @@ def test_a_whole_model(key):
     assert sum(isinstance(leaf, qfunc.QTensor) for leaf in leaves) == 9
     assert not isinstance(q.conv.weight, qfunc.QTensor) and not isinstance(q.norm.weight, qfunc.QTensor)
     want = qfunc.dequantize(q)(ids)
-    close(q(ids), want)
-    close(eqx.filter_jit(lambda q, ids: q(ids))(q, ids), want)
-    close(qfunc.layers.functional(lambda q, ids: q(ids))(q, ids), want)
+    near(q(ids), want)
+    near(eqx.filter_jit(lambda q, ids: q(ids))(q, ids), want)
+    near(qfunc.layers.functional(lambda q, ids: q(ids))(q, ids), want)
 
 
 def test_stacked_layers(key):
@@ -81,7 +77,7 @@ def test_stacked_layers(key):
 
     q = qfunc.quantize(layers, "w8a16")
     assert q.weight.shape == (3, 8, 8)
-    close(forward(q, x), forward(qfunc.dequantize(q), x))
+    near(forward(q, x), forward(qfunc.dequantize(q), x))
 
 
 def test_calibrated(key):

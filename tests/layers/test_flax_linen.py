@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from near import near
 
 import qfunc
 
 nn = pytest.importorskip("flax.linen")
 D = 16
-
-
-def close(got, want, tolerance=2e-5):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=tolerance, atol=tolerance)
 
 
 def packed(tree):
@@ -72,11 +66,11 @@ def test_weight_only_is_exact(model):
         assert not any("Conv" in path or "bias" in path for path in found)
         floats = qfunc.dequantize(qvariables)
         want = jax.jit(module.apply)(floats, ids)
-        close(jax.jit(qmodel.apply)(qvariables, ids), want)
-        close(jax.jit(lambda ids: qmodel.apply(qvariables, ids))(ids), want)        # noqa: B023
+        near(jax.jit(qmodel.apply)(qvariables, ids), want)
+        near(jax.jit(lambda ids: qmodel.apply(qvariables, ids))(ids), want)        # noqa: B023
         assert str(jax.make_jaxpr(qmodel.apply)(qvariables, ids)).count("quantized_matmul[") == len(found)
     for method in ("doubled", Model.doubled):
-        close(jax.jit(lambda v, ids: qmodel.apply(v, ids, method=method))(qvariables, ids), 2 * want)       # noqa: B023
+        near(jax.jit(lambda v, ids: qmodel.apply(v, ids, method=method))(qvariables, ids), 2 * want)       # noqa: B023
 
 
 def test_mutable_state_and_rngs(model):
@@ -84,7 +78,7 @@ def test_mutable_state_and_rngs(model):
     qmodel, qvariables = qfunc.layers.quantize_model(module, variables, "w8a16", inputs={"args": (ids,), "train": False})
     options = {"train": True, "rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats"]}
     got = jax.jit(lambda v: qmodel.apply(v, ids, **options))(qvariables)
-    close(got, jax.jit(lambda v: module.apply(v, ids, **options))(qfunc.dequantize(qvariables)))
+    near(got, jax.jit(lambda v: module.apply(v, ids, **options))(qfunc.dequantize(qvariables)))
 
 
 def test_params_alone_by_names(model):
@@ -96,7 +90,7 @@ def test_params_alone_by_names(model):
     assert len(packed(qparams)) == 18
     rest = {name: value for name, value in variables.items() if name != "params"}
     got = jax.jit(qmodel.apply)({"params": qparams, **rest}, ids)
-    close(got, jax.jit(module.apply)({"params": qfunc.dequantize(qparams), **rest}, ids))
+    near(got, jax.jit(module.apply)({"params": qfunc.dequantize(qparams), **rest}, ids))
 
 
 def test_calibrated(model):
@@ -116,7 +110,7 @@ def test_derivative_in_the_input():
     qmodel, qvariables = qfunc.layers.quantize_linen(module, variables, "w8a16")
     def loss(apply, variables, x):
         return jnp.sin(apply(variables, x)).sum()
-    close(jax.grad(loss, 2)(qmodel.apply, qvariables, x), jax.grad(loss, 2)(module.apply, qfunc.dequantize(qvariables), x))
+    near(jax.grad(loss, 2)(qmodel.apply, qvariables, x), jax.grad(loss, 2)(module.apply, qfunc.dequantize(qvariables), x))
 
 
 def test_an_operation_without_packed_form_is_named():

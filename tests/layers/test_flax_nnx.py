@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from near import near
 
 import qfunc
 
 nnx = pytest.importorskip("flax.nnx")
 D = 16
-
-
-def close(got, want, tolerance=2e-5):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=tolerance, atol=tolerance)
 
 
 def is_packed(leaf):
@@ -91,10 +87,10 @@ def test_weight_only_is_exact(model, rules, traced, more):
     assert not packed(float_model)
     run = nnx.jit(lambda model, ids: model(ids))
     want = run(dequantized(qmodel), ids)
-    close(run(qmodel, ids), want)
+    near(run(qmodel, ids), want)
     assert int(qmodel.calls[...]) == 1 and int(float_model.calls[...]) == 0
     graph, state = nnx.split(qmodel)
-    close(jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids), want)
+    near(jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids), want)
     assert isinstance(qmodel, Model) and isinstance(qmodel.embed, nnx.Embed) and type(qmodel).__name__ == "Model"
     assert "Model" in repr(qmodel)
 
@@ -106,8 +102,8 @@ def test_training_state(model):
     twin = dequantized(qmodel)
     run = nnx.jit(lambda model, ids: model(ids))
     for _ in range(2):                  # the same dropout masks each time, batch statistics updated alike
-        close(run(qmodel, ids), run(twin, ids))
-        close(qmodel.batch_norm.mean[...], twin.batch_norm.mean[...])
+        near(run(qmodel, ids), run(twin, ids))
+        near(qmodel.batch_norm.mean[...], twin.batch_norm.mean[...])
 
 
 def test_calibrated(model):
@@ -126,11 +122,11 @@ def test_parts_and_transforms(rng):
     block.eval()
     qblock, x = qfunc.layers.quantize_nnx(block, "w8a16"), jnp.asarray(rng.standard_normal((2, 5, D), dtype=np.float32))
     twin = dequantized(qblock)
-    close(qblock.up(x), twin.up(x))
+    near(qblock.up(x), twin.up(x))
     want = jax.jit(lambda x: twin(x))(x)
-    close(jax.jit(lambda x: qblock(x))(x), want)
-    close(jax.jit(jax.vmap(lambda x: qblock(x)))(x[:, None]), want[:, None])
-    close(jax.jit(jax.grad(lambda x: jnp.sin(qblock(x)).sum()))(x), jax.jit(jax.grad(lambda x: jnp.sin(twin(x)).sum()))(x))
+    near(jax.jit(lambda x: qblock(x))(x), want)
+    near(jax.jit(jax.vmap(lambda x: qblock(x)))(x[:, None]), want[:, None])
+    near(jax.jit(jax.grad(lambda x: jnp.sin(qblock(x)).sum()))(x), jax.jit(jax.grad(lambda x: jnp.sin(twin(x)).sum()))(x))
     assert str(jax.make_jaxpr(lambda x: qblock(x))(x)).count("quantized_matmul[") == 7
 
 
@@ -139,7 +135,7 @@ def test_a_state_is_a_pytree(rng):
     state = nnx.state(model)
     q = qfunc.quantize(state, "w8a16")
     assert is_packed(q["kernel"][...])
-    close(qfunc.dequantize(q)["kernel"][...], state["kernel"][...], 0.02)
+    near(qfunc.dequantize(q)["kernel"][...], state["kernel"][...], 0.02)
 
 
 def test_refusals(rng):

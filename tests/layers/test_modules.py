@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from near import near
 
 import qfunc
 from qfunc.layers import decoder
@@ -40,10 +40,6 @@ def net(rng):
     return Net(nnx.Rngs(int(rng.integers(2**31)))), jnp.asarray(rng.integers(0, 50, (2, 7)))
 
 
-def close(got, want, atol=2e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
-
-
 run = nnx.jit(lambda module, *args: module(*args))
 
 
@@ -59,7 +55,7 @@ def test_modules_are_their_functions(net, rng):
                 mixture(moe, x, net.moe.routing, Names(shared="shared_experts"), gated("silu")),
                 (jax.nn.gelu(x @ gate, approximate=False) * (x @ up)) @ down)
     both = nnx.jit(lambda net, x: (net.attention(x), net.moe(x), net.mlp(x)))
-    close(both(net, x), functions(net.attention.params, net.moe.params, net.mlp.params, x))
+    near(both(net, x), functions(net.attention.params, net.moe.params, net.mlp.params, x))
 
 
 def test_packed_modules_run_beside_those_of_flax(net):
@@ -71,7 +67,7 @@ def test_packed_modules_run_beside_those_of_flax(net):
     assert kinds == {"experts": "QTensor", "router": "ArrayImpl", "table": "QTensor", "own": "QTensor", "q": "QTensor", "bias": "ArrayImpl"}
     graph, state = nnx.split(qnet)
     twin = nnx.merge(graph, qfunc.dequantize(state), copy=True)
-    close(run(qnet, ids), run(twin, ids))
+    near(run(qnet, ids), run(twin, ids))
     x = net.embed(ids)                  # the parts without a router, which one step of int8 may turn to another expert
     for part in ("attention", "mlp"):
         got, want = run(getattr(qnet, part), x), run(getattr(net, part), x)
@@ -85,7 +81,7 @@ def test_a_cache_gives_the_numbers_of_the_whole(net, rng):
     attention, x = net[0].attention, jnp.asarray(rng.standard_normal((2, 7, H)), jnp.float32)
     first, cache = run(attention, x[:, :4], attention.init_cache(2, 8))
     last, cache = run(attention, x[:, 4:], cache)
-    close(jnp.concatenate([first, last], 1), run(attention, x))
+    near(jnp.concatenate([first, last], 1), run(attention, x))
     assert int(cache["length"]) == 7
 
 
@@ -106,7 +102,7 @@ def test_calibration_and_parameters_of_a_checkpoint(net):
     other = type(net)(nnx.Rngs(99))
     other.attention.assign(qfunc.quantize(net.attention.params, "w8a16"))
     x = jnp.ones((1, 3, H))
-    close(run(other.attention, x), run(qfunc.layers.quantize_nnx(net, {"attention/*": "w8a16", "*": None}).attention, x))
+    near(run(other.attention, x), run(qfunc.layers.quantize_nnx(net, {"attention/*": "w8a16", "*": None}).attention, x))
     with pytest.raises(ValueError, match="expected down_proj, gate_proj, up_proj, found gate_proj"):
         other.mlp.assign({"gate_proj": {}})
     wrong = {**net.mlp.params, "up_proj": {"kernel": jnp.ones((H, 3))}}
