@@ -32,10 +32,20 @@ def sample(logits, keys, temperature, top_p):
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
+def largest(logits):
+    """The first index of the largest of each row, int32 [B], of `logits` [B, vocab] without NaN.
+
+    Two reductions of numbers, which XLA vectorizes on a CPU, where its reduction of pairs is a loop: a fourth of `argmax`'s time.
+    """
+    count = logits.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(logits == logits.max(-1, keepdims=True), index, count - 1).min(-1)
+
+
 def _next(logits, keys, index, temperature, top_p, greedy: bool):
     """The token of step `index` of each row."""
     if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return largest(logits)
     return sample(logits, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), temperature, top_p)
 
 
