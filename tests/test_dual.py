@@ -22,7 +22,7 @@ def by_hand(row):
         for at in range(0, len(span), 32):
             block = (span[at: at + 32] / outer).astype(np.float32)
             amax = np.abs(block).max()
-            scale = 2.0 ** (np.floor(np.log2(amax)) - 2) if amax else 1.0
+            scale = 2.0 ** (np.frexp(amax)[1] - 3) if amax else 1.0         # floor(log2(amax)) - 2, which log2 rounds up below 2^-3
             inside = np.clip(span[at: at + 32] / (scale * outer), -6, 6)
             nearest = np.abs(np.abs(inside)[:, None] - VALUES).argmin(1)
             scales[start + at: start + at + 32] = scale * outer

@@ -26,7 +26,7 @@ def test_notebook_runs(path, tmp_path):
     NEEDS.get(path.stem, lambda: None)()
     notebook = nbformat.read(path, as_version=4)
     # From a folder of its own: the imports are those of a user, not of the checkout.
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -133,10 +133,10 @@ def test_progress_needs_no_tqdm_unless_asked(rng, monkeypatch):
 def test_importing_is_quick_and_touches_no_device():
     code = """
 import jax, sys, time
-start = time.perf_counter()
+start = time.process_time()         # of processor time: a busy machine is not the package's fault
 import qfunc
 qfunc.quantize, qfunc.matmul, qfunc.schemes, qfunc.QTensor
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "a device was touched"
 heavy = {"torch", "torch_npu", "flax", "matplotlib", "triton", "transformers", "typer", "tqdm", "gguf"} & set(sys.modules)

@@ -65,7 +65,10 @@ def test_compressed_tensors_asymmetric_integers(rng, bits, size):
     q = ours(w, f"w{bits}a16" + (f"_g{size}" if size else "") + "_asym")
     np.testing.assert_allclose(q.scale, scale, rtol=2e-7)
     moved = np.asarray(q.zero, np.float64) - (zero + 2 ** (bits - 1))
-    assert np.abs(moved).max() <= 1 and np.mean(moved == 0) > 0.98
+    # Either rounds a quotient below 2^b after a few roundings to float32: beside a half they may fall to different sides.
+    lowest = np.minimum(w.reshape(*scale.shape, -1).min(-1), 0).astype(np.float64)
+    clear = np.abs(lowest / scale % 1 - 0.5) > 2.0 ** (bits - 21)
+    assert np.abs(moved).max() <= 1 and not moved[clear].any() and clear.mean() > 0.9
     same = np.repeat(moved == 0, w.shape[1] // moved.shape[1], -1)
     difference = (codes_of(q) - (codes + 2 ** (bits - 1)))[same]
     assert np.abs(difference).max() <= 1 and np.mean(difference == 0) > 0.999
@@ -127,6 +130,9 @@ def test_compressed_tensors_microscaling_rounds_to_one_mantissa_bit(rng, bits):
 def test_ggml_uses_the_full_range(rng, kind, bits):
     import gguf
     w = weight(rng)
+    cells = w.reshape(len(w), -1, 32)           # of two equal extremes ggml takes the first, we the positive one: let there be none
+    equal = cells.max(-1) == -cells.min(-1)
+    cells[equal] = np.abs(cells[equal])
     blocks = gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind]).reshape(w.shape[0], -1, 18 if bits == 4 else 22)
     scale = blocks[..., :2].copy().view(np.float16)[..., 0]
     q = ours(w, f"w{bits}a16_g32", weight_scale_rule="full_range", weight_scale_dtype="float16")

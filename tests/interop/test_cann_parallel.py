@@ -85,7 +85,7 @@ def test_two_ranks_give_what_two_jax_devices_give(rules, tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(CHILD), support, str(tmp_path), str(rank)],
                               env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

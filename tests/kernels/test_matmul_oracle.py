@@ -177,7 +177,7 @@ def only_ties_differ(theirs, rows):
 def test_llm_int8_is_what_bitsandbytes_computes(rng):
     import torch
     from bitsandbytes import functional
-    w, x = np.array(matrix(rng, K, N)), np.array(matrix(rng, 6, K))
+    w, x = np.array(matrix(rng, K, N)), np.clip(np.array(matrix(rng, 6, K)), -5, 5)      # no outliers but those below
     x[:, [5, 70]] /= 10        # its scale of a row counts what is below the threshold in the columns that it splits off, ours does not
     x[1, 5], x[3, 70], x[0, 11] = 40, -6.5, 5.9
     codes, row_max, columns = functional.int8_vectorwise_quant(torch.from_numpy(x).half(), threshold=6.0)

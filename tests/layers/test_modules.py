@@ -43,6 +43,15 @@ def net(rng):
 run = nnx.jit(lambda module, *args: module(*args))
 
 
+@nnx.jit
+def lead(net, ids):
+    """By how much the router prefers each token's second expert, its last, to the third."""
+    x = net.embed(ids)
+    x = x + net.attention(net.norm(x))
+    best = jax.lax.top_k((x + net.mlp(x)) @ net.moe.gate.kernel[...], 3)[0]
+    return best[..., 1] - best[..., 2]
+
+
 def test_modules_are_their_functions(net, rng):
     net, _ = net
     x = jnp.asarray(rng.standard_normal((2, 5, H)), jnp.float32)
@@ -67,7 +76,9 @@ def test_packed_modules_run_beside_those_of_flax(net):
     assert kinds == {"experts": "QTensor", "router": "ArrayImpl", "table": "QTensor", "own": "QTensor", "q": "QTensor", "bias": "ArrayImpl"}
     graph, state = nnx.split(qnet)
     twin = nnx.merge(graph, qfunc.dequantize(state), copy=True)
-    near(run(qnet, ids), run(twin, ids))
+    clear = lead(twin, ids) > 1e-4      # the last bit of a sum may send any other token to another expert
+    assert clear.mean() > 0.5
+    near(*(jax.tree.map(lambda y: y[clear], run(either, ids)) for either in (qnet, twin)))
     x = net.embed(ids)                  # the parts without a router, which one step of int8 may turn to another expert
     for part in ("attention", "mlp"):
         got, want = run(getattr(qnet, part), x), run(getattr(net, part), x)
