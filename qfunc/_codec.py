@@ -72,17 +72,19 @@ def decode(leaves: dict, spec: WeightSpec, columns: int) -> jax.Array:
 def outer_scale(leaves: dict, spec: WeightSpec) -> jax.Array:
     """The effective float32 scale of every cell: all levels multiplied together, shape of `scale`."""
     scale = leaves["scale"]
+    # A model that was cast as a whole has its outer levels in another type.
+    outer, offset = (None if leaves.get(name) is None else leaves[name].astype(jnp.float32) for name in ("scale2", "scale_offset"))
     if spec.scale_dtype == "e8m0":
         scale = decode_e8m0(scale)
         if spec.scale_rule == "mx_dual":
-            return scale * _scales.span(leaves["scale2"], spec.granularity, scale.shape[-1])
+            return scale * _scales.span(outer, spec.granularity, scale.shape[-1])
     elif spec.scale_rule == "double":
         *batch, rows, groups = scale.shape
         inner = jnp.take(jnp.asarray(dynamic_map()), scale.astype(jnp.int32), mode="clip").reshape(*batch, 1, rows * groups)
-        blocks = jnp.repeat(leaves["scale2"], NESTED_BLOCK, -1)[..., : rows * groups]
-        return multiply_add(inner, blocks, leaves["scale_offset"]).reshape(*batch, rows, groups)
+        blocks = jnp.repeat(outer, NESTED_BLOCK, -1)[..., : rows * groups]
+        return multiply_add(inner, blocks, offset).reshape(*batch, rows, groups)
     scale = scale.astype(jnp.float32)
-    return scale if leaves.get("scale2") is None else scale * leaves["scale2"].astype(jnp.float32)
+    return scale if outer is None else scale * outer
 
 
 def _extremes(w, spec: WeightSpec):

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfunc import _scales
 from qfunc._activation import QuantizedActivation, _outer, _scale_zero, dequantize_rows, quantize_rows
+from qfunc._codes import CODES as ELEMENTS
 from qfunc._codes import code
 from qfunc._qtensor import QTensor
 from qfunc._spec import ActivationSpec
@@ -54,7 +55,8 @@ def shared(spec: ActivationSpec | None, how: int, calibrated: bool) -> bool:
 
 def is_integer(spec: ActivationSpec | None, w: QTensor) -> bool:
     """Whether codes on both sides are integers, so that sums are made in int32."""
-    return spec is not None and code(w.scheme.weight.code).integer and code(spec.code).integer and w.scheme.weight.zero != "float"
+    weight = w.scheme.weight
+    return spec is not None and weight.code in ELEMENTS and code(weight.code).integer and code(spec.code).integer and weight.zero != "float"
 
 
 def group_of(spec: ActivationSpec | None, columns: int) -> int:

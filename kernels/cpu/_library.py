@@ -10,19 +10,24 @@ from pathlib import Path
 import jax
 
 FILE = "_qfunc_cpu.so"
+FOLDER = "QFUNC_CPU_LIBRARY_DIR"
+"""The variable that names another folder to load it from."""
 HANDLERS = ("qfunc_matmul", "qfunc_quantize", "qfunc_take")
 
 
 def _find() -> Path | None:
     # In an editable install the sources and the compiled file are two folders of one package.
-    folders = [os.environ.get("QFUNC_CPU_LIBRARY_DIR"), *__import__(__package__, fromlist=["*"]).__path__]
-    return next((path for folder in folders if folder and (path := Path(folder) / FILE).is_file()), None)
+    asked = os.environ.get(FOLDER)
+    folders = [asked] if asked else __import__(__package__, fromlist=["*"]).__path__
+    return next((path for folder in folders if (path := Path(folder) / FILE).is_file()), None)
 
 
 @functools.cache
 def load() -> tuple[str | None, str | None]:
     """(instruction set that runs, None), or (None, why there is no native kernel)."""
     path = _find()
+    if path is None and (asked := os.environ.get(FOLDER)):
+        return None, f"{FOLDER} names {asked}, where there is no {FILE}"
     if path is None:
         return None, "qfunc was installed without its native kernels (no C++ compiler at install); install it again with one"
     try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qfunc._activation import _scale_zero
 from qfunc._codes import code
+from qfunc._scales import INVERSE
 
 from .. import _reference
 from .._dispatch import Call
@@ -54,7 +55,8 @@ def supports(call: Call, platform: str) -> str | None:
 
 def _supports_quantize(call: Call) -> str | None:
     spec = call.spec
-    inside = spec.granularity.kind == "tensor" or spec.zero is None and spec.scale_rule == "amax"
+    # The handlers divide by the scale, where the rules of INVERSE multiply by what one over it rounds to.
+    inside = spec.granularity.kind == "tensor" and spec.scale_rule not in INVERSE or spec.zero is None and spec.scale_rule == "amax"
     integer = inside and spec.rounding == "rne" and spec.scale_dtype == "float32"
     if not integer if code(spec.code).integer else float_attributes(spec) is None:
         return f"activations in {spec.code} with these rules are quantized by XLA"

@@ -15,9 +15,9 @@ from qfunc._qtensor import QTensor
 
 CODE = {"int8": 0, "uint8": 1, "packed": 2, "fp4_e2m1": 3, "nf4": 3, "fp4_bnb": 3,
         "fp6_e2m3": 4, "fp6_e3m2": 5, "fp8_e4m3": 6, "fp8_e5m2": 7}
+"""Element code to the handlers' enumeration; narrow integers are `packed`."""
 GGML = {f"gguf:{name}": 8 for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")}
 """ggml's types with a native decoder, and their place in the handlers' enumeration."""
-"""Element code to the handlers' enumeration; narrow integers are `packed`."""
 SCALE = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4, "e8m0": 5, "nested": 7}
 ZERO = {None: 0, "int": 1, "float": 2}
 FLOATS = ("float32", "bfloat16", "float16")
@@ -75,9 +75,11 @@ def weight_operands(w: QTensor) -> tuple[list, dict]:
     kind, granularity = scale_kind(w), spec.granularity
     nested, byte = kind == "nested", element.name in ("int8", "uint8")
     tabled = CODE.get(element.name, 2) in (3, 4, 5)
+    # The second level is small, and float32 in every format; a model that was cast as a whole has it in another type.
+    outer = None if w.scale2 is None else w.scale2.astype(jnp.float32)
     operands = [
-        three(w.codes, count), three(w.scale, count), three(w.scale2, count), three(w.zero, count),
-        w.scale_offset.reshape(count) if nested else jnp.zeros(0, jnp.float32),
+        three(w.codes, count), three(w.scale, count), three(outer, count), three(w.zero, count),
+        w.scale_offset.reshape(count).astype(jnp.float32) if nested else jnp.zeros(0, jnp.float32),
         jnp.asarray(dynamic_map()) if nested else jnp.zeros(0, jnp.float32),
         jnp.asarray(_table(element.name)) if tabled else jnp.zeros(0, jnp.float32),
     ]

@@ -8,7 +8,7 @@ compiler=${2:-g++}
 [ $# -le 0 ] || shift
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-common="-std=gnu++17 -O3 -ffp-contract=fast -fno-math-errno -Wno-psabi -pthread"
+common="-std=gnu++17 -O3 -fwrapv -ffp-contract=fast -fno-math-errno -Wno-psabi -pthread"
 unit() { # source, flags of its instruction set
   source=$1
   shift

@@ -325,7 +325,7 @@ int main(int argc, char** argv) {
   for (const Element& e : kElements)
     for (int64_t m : {1, 2, 3, 5, 9, 17, 40})
       for (int shape = 0; shape < 4; ++shape) {
-        const int64_t k = e.bits == 8 ? 64 + 4 * below(120) : 128 + 4 * below(120), n = 1 + below(60), groups[] = {k, 128, 32, 16, 64, 256, 20};
+        const int64_t k = (e.bits == 8 ? 64 : 128) + 4 * below(120) + below(2) * below(4), n = 1 + below(60), groups[] = {k, 128, 32, 16, 64, 256, 20};
         const bool integer = e.code <= Code::Packed;
         Problem p{e, m, k, n, std::min(k, groups[below(7)]), below(3) == 0 ? 0 : 1, 1 + below(2), Zero::None, Number::F32, Quantize::None, k, false, 0};
         if (below(4) == 0) p.share = 1 + below(40);

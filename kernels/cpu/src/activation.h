@@ -59,7 +59,9 @@ inline uint8_t code_of(float value, const FloatFormat& f) {
   const int32_t normal = static_cast<int32_t>(bits >> (23 - f.mantissa)) - ((126 + f.exponent) << f.mantissa);
   const bool below = static_cast<int32_t>(bits >> 23) < 127 + f.exponent;
   const int32_t small = static_cast<int32_t>(from_bits(below ? bits : 0) * from_bits(static_cast<uint32_t>(127 + f.mantissa - f.exponent) << 23));
-  const int32_t code = bits > 0x7f800000u ? (1 << f.sign) - 1 : below ? small : normal;
+  // e5m2 has infinities and, after them, several codes of NaN, of which casts give the middle one.
+  const int32_t nan = f.sign == 7 && f.mantissa == 2 ? 0x7e : (1 << f.sign) - 1;
+  const int32_t code = bits > 0x7f800000u ? nan : below ? small : normal;
   return static_cast<uint8_t>(code | static_cast<int32_t>(to_bits(value) >> 31 << f.sign));
 }
 

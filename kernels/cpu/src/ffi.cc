@@ -86,6 +86,7 @@ Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffe
   if (at.together < 0 || (at.together > 0 && rows % at.together)) return refuse("rows do not divide into what shares a scale");
   a.threshold = at.threshold;
   if (a.threshold > 0 && (at.together == 0 || (a.mode != Quantize::Token && a.mode != Quantize::Group))) return refuse("a threshold needs scales found here");
+  if (a.mode == Quantize::Given && at.group < k) return refuse("a given scale is one of a whole row");
   const bool known = codes || a.mode == Quantize::Given || (a.mode == Quantize::Float && a.format.rule == Rule::Given);
   const bool common = known || (a.mode == Quantize::Float && a.format.rule == Rule::TwoLevel);
   a.shared = at.together > 0 && common && !codes && !present(scale) && !present(zero);
@@ -97,6 +98,7 @@ Error read_activation(const AnyBuffer& x, const AnyBuffer& scale, const AnyBuffe
   }
   if (present(zero)) {
     if (static_cast<int64_t>(zero.element_count()) != rows || zero.element_type() != DataType::S32) return refuse("x_zero does not match x");
+    if (at.group < k) return refuse("groups of x have no zero points");
     a.zero = static_cast<const int32_t*>(zero.untyped_data());
   }
   return Error::Success();
@@ -122,13 +124,15 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
   w.k = k;
   w.row_bytes = c[2];
   if (at.code < 0 || at.code > static_cast<int32_t>(Code::Ggml) || at.bits < 2 || at.bits > (w.code == Code::Ggml ? 64 : 8)) return refuse("unknown weight code");
+  const int32_t width = w.code == Code::Table4 ? 4 : w.code == Code::E2M3 || w.code == Code::E3M2 ? 6 : w.code == Code::Packed ? std::min(at.bits, 7) : 8;
+  if (w.code != Code::Ggml && at.bits != width) return refuse("the code has another number of bits");
   const int64_t bytes = w.code == Code::Ggml ? ggml_row_bytes(at.bits, k) : w.packed() ? (k + kBlock - 1) / kBlock * 16 * at.bits : k;
-  if (c[1] != n || c[2] != bytes) return refuse("codes do not have the shape of the product");
+  if (c[1] != n || c[2] != bytes || bytes == 0) return refuse("codes do not have the shape of the product");
   out.count = c[0];
   out.code_bytes = c[1] * c[2];
 
   const auto s = scale.dimensions();
-  if (s.size() != 3 || s[0] != out.count || at.group < 1) return refuse("scale must be [W, outs, segments]");
+  if (s.size() != 3 || s[0] != out.count || at.group < 1 || at.share < 0) return refuse("scale must be [W, outs, segments]");
   w.scale = scale.untyped_data();
   w.scale_type = static_cast<Number>(at.scale_type);
   w.group = at.group;
@@ -137,6 +141,7 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
   const int64_t outs = at.share == 0 ? 1 : (n + at.share - 1) / at.share;
   if (s[1] != outs || s[2] != (k + at.group - 1) / at.group) return refuse("scale does not have the shape of its granularity");
   const Number stored = number_of(scale.element_type());
+  if (stored == Number::None || at.scale_type > static_cast<int32_t>(Number::Nested)) return refuse("unknown type of scale");
   if (stored != w.scale_type && !(stored == Number::UInt8 && (w.scale_type == Number::E8M0 || w.scale_type == Number::Nested)))
     return refuse("scale has another type than announced");
   out.scale_bytes = s[1] * s[2] * width_of(scale.element_type());
@@ -154,10 +159,11 @@ Error read_weight(const AnyBuffer& codes, const AnyBuffer& scale, const AnyBuffe
     if (!fits) return refuse("outer scale does not have the shape of its level");
   }
   if (w.scale_type == Number::Nested) {
-    if (!present(outer) || static_cast<int64_t>(mean.element_count()) != out.count || map.element_count() != 256) return refuse("nested scales need their levels");
+    if (!present(outer) || static_cast<int64_t>(mean.element_count()) != out.count || map.element_count() != 256 || mean.element_type() != DataType::F32 || map.element_type() != DataType::F32) return refuse("nested scales need their levels");
     out.nested_means = static_cast<const float*>(mean.untyped_data());
     w.nested_map = static_cast<const float*>(map.untyped_data());
   }
+  if (at.zero_kind < 0 || at.zero_kind > static_cast<int32_t>(Zero::Float)) return refuse("unknown kind of zero point");
   w.zero_kind = static_cast<Zero>(at.zero_kind);
   if (w.zero_kind != Zero::None) {
     const auto z = zero.dimensions();
@@ -262,7 +268,6 @@ Error quantize_rows(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer x_scale, Any
   if (a.mode == Quantize::None || a.mode == Quantize::Codes || a.mode == Quantize::FloatCodes || a.threshold > 0)
     return refuse("there is nothing to quantize");
   const int64_t steps = x_group < k ? (k + x_group - 1) / x_group : 1;
-  if (a.mode == Quantize::Given && steps != 1) return refuse("x_scale does not match x");
   if (codes->element_count() != x.element_count() || width_of(codes->element_type()) != 1 || static_cast<int64_t>(scale->element_count()) != rows * steps)
     return refuse("codes and scale do not match x");
   quantize(*kernels, pool_of(threads), a, rows, k, together, codes->untyped_data(), scale->typed_data());

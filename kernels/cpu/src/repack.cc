@@ -12,7 +12,7 @@ const Repack& chosen() {
 #if defined(__x86_64__)
   const char* error = nullptr;
   const Kernels* kernels = select_kernels(&error);
-  if (kernels == &kernels_avx512) return repack_avx512;
+  if (kernels == &kernels_avx512 || kernels == &kernels_avx512bf16) return repack_avx512;
   if (kernels == &kernels_avx2) return repack_avx2;
 #endif
   return repack_generic;

@@ -5,6 +5,7 @@
 #include <new>
 
 namespace qfunc {
+namespace {  // of every unit its own: one for all would be whichever the linker met first, compiled for any instruction set
 
 constexpr size_t kKept = size_t{64} << 20;  // a larger buffer is given back when a much smaller one will do
 
@@ -30,4 +31,5 @@ class Scratch {
   size_t size_ = 0;
 };
 
+}  // namespace
 }  // namespace qfunc
