@@ -285,9 +285,12 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     jax.config.update("jax_cpu_enable_async_dispatch", not options.inline)
+    isa, reason = _library.load()
+    if isa is None:
+        parser.error(reason)
     library = ctypes.CDLL(str(_library._find()))
     bandwidth, peak = read_bandwidth(library), peaks(library)
-    print(f"{_library.isa()}, {os.cpu_count()} cores, {bandwidth / 1e9:.1f} GB/s read, peak of products "
+    print(f"{isa}, {os.cpu_count()} cores, {bandwidth / 1e9:.1f} GB/s read, peak of products "
           f"{', '.join(f'{rate / 1e9:.0f} ({kind})' for kind, rate in peak.items())} GMAC/s\n")
     missing: set[str] = set()
     for shape in options.shapes.split(","):
