@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 
+from qfunc.layers.rope import yarn_mscale
+
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -117,7 +119,16 @@ _FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "vocab_size": "vocab_size", "attention.sliding_window": "sliding_window", "expert_weights_scale": "routed_scaling_factor",
     "leading_dense_block_count": "first_k_dense_replace", "attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base_swa": "rope_local_base_freq",
 }
+_SCALING = {"factor": "factor", "original_context_length": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
+            "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+"""`<architecture>.rope.scaling.` to the fields of transformers' `rope_scaling`; others keep their names, which `Rope` refuses."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies, in which llama.cpp's converter writes the scaling of Llama 3.1 and later."""
+_WIDE = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models of 27B, whose scores are scaled by hidden size / heads: llama.cpp tells them, too, by their layers alone."""
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
@@ -144,8 +155,35 @@ def config(metadata: dict, architecture: str, tensors: dict) -> dict:
         out |= {"head_dim": found} if found else {}
     out["tie_word_embeddings"] = "output.weight" not in tensors
     out["attention_bias"] = any(name.endswith("attn_q.bias") for name in tensors)
-    scaling = {k.rpartition(".")[2]: v for k, v in metadata.items() if k.startswith(f"{architecture}.rope.scaling.")}
-    if scaling.get("type", "none") != "none":
-        out["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
+    if architecture in _WIDE and isinstance(out.get("head_dim"), int):
+        wide = out.get("num_hidden_layers") == _WIDE[architecture] and out.get("num_attention_heads")
+        out["query_pre_attn_scalar"] = out["hidden_size"] // out["num_attention_heads"] if wide else out["head_dim"]
+    scaling = _rope_scaling(metadata, architecture, tensors)
+    out |= {"rope_scaling": scaling} if scaling else {}
     out["gguf"] = metadata
+    return out
+
+
+def _rope_scaling(metadata: dict, architecture: str, tensors: dict) -> dict:
+    """The entry `rope_scaling` as transformers would have it, empty where frequencies are not scaled."""
+    prefix = f"{architecture}.rope.scaling."
+    found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    legacy = metadata.get(f"{architecture}.rope.scale_linear")
+    if legacy is not None:
+        found.setdefault("factor", legacy)
+    # A factor without a type is a linear one, in llama.cpp too.
+    kind = found.pop("type", "linear" if found.get("factor", 1) != 1 else "none")
+    out = {}
+    if kind != "none":
+        out = {"rope_type": kind, **{_SCALING.get(key, key): value for key, value in found.items()}}
+        if number(out, "yarn_ext_factor", 0) in (-1, 1):
+            del out["yarn_ext_factor"]                         # how far YaRN's ramp counts: fully
+        share = out.pop("attn_factor", 1)
+        if share != 1 and kind == "yarn" and "attention_factor" not in out:
+            # llama.cpp multiplies its own factor by this one; transformers' stands in its place.
+            out["attention_factor"] = share * yarn_mscale(number(out, "factor", 1))
+        elif share != 1:
+            out["attn_factor"] = share
+    if ROPE_FACTORS in tensors:
+        out = {"rope_type": "factors", **out, "factors": tuple(tensors[ROPE_FACTORS].raw().view(np.float32).tolist())}
     return out

@@ -76,6 +76,11 @@ def plan_gguf(files: GgufFiles) -> tuple[Plan, dict]:
         stem, _, param = tensor.name.rpartition(".")
         if param in ("scale", "input_scale") and f"{stem}.weight" in files.tensors:
             continue
+        if tensor.name == names.ROPE_FACTORS:
+            # Part of the configuration: `rope_scaling`.
+            if tensor.dtype != "f32" or len(tensor.shape) != 1:
+                raise refuse(files.path, f"tensor {tensor.name!r}", "one row of f32", f"{tensor.dtype} {list(tensor.shape)}")
+            continue
         full = names.hugging_face(tensor.name, architecture, experts)
         if full is None:
             unnamed.append(tensor.name)

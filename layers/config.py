@@ -138,6 +138,9 @@ class ModelConfig:
                              f"found {self.num_attention_heads}")
         if len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"layer_types: expected {self.num_hidden_layers} of them, found {len(self.windows)}")
+        turned = int(self.head_dim * self.rope.partial_rotary_factor) // 2
+        if self.rope.factors is not None and len(self.rope.factors) != turned:
+            raise ValueError(f"rope factors: expected {turned}, half of the rotated dimensions, found {len(self.rope.factors)}")
 
     def replace(self, **changes) -> ModelConfig:
         """A copy with other fields."""

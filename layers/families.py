@@ -114,7 +114,7 @@ def _gemma3(found: Mapping) -> dict:
         entries = {"full_attention": {"rope_theta": found.get("rope_theta", 1e6), **(found.get("rope_scaling") or {})},
                    "sliding_attention": {"rope_theta": found.get("rope_local_base_freq", 10000.0)}}
     pattern = found.get("sliding_window_pattern") or found.get("_sliding_window_pattern") or 6
-    return {**_gemma2(found), "windows": _windows({"sliding_window": 4096, **found}, lambda i: (i + 1) % pattern != 0),
+    return {**_gemma2({**found, "rope_parameters": None, "rope_scaling": None}), "windows": _windows({"sliding_window": 4096, **found}, lambda i: (i + 1) % pattern != 0),
             "rope": Rope.from_json(entries["full_attention"], positions, 1e6),
             "local_rope": Rope.from_json(entries["sliding_attention"], positions, 10000.0),
             "softcap": found.get("attn_logit_softcapping"), "final_softcap": found.get("final_logit_softcapping")}

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: default, linear, llama3 and YaRN frequencies.
+"""Rotary position embeddings: default, linear, llama3 and YaRN frequencies, and those that a file divides one by one.
 
 Sources: Su et al., "RoFormer", 2021; Peng et al., "YaRN", 2023; the `rope_type` table of transformers, whose parameter names these are.
 """
@@ -12,12 +12,21 @@ from dataclasses import dataclass, fields
 import jax.numpy as jnp
 import numpy as np
 
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factors": ("factors",),
+}
+"""`rope_type` to what its entry must have: without it, the numbers would be those of no scaling, or of another one."""
+IGNORED = frozenset({"rope_type", "type", "finetuned", "mrope_section", "mrope_interleaved"})
+"""Fields of an entry that change no number of a text: how it came about, and which part of a head turns with an image's rows."""
+
 
 @dataclass(frozen=True)
 class Rope:
     """Parameters of a rotary embedding, under the names of a Hugging Face `rope_parameters` (or `rope_scaling`) entry.
 
-    `kind` is `rope_type`; `original_max_position_embeddings` is the length that the model was first trained for.
+    `kind` is `rope_type`; `original_max_position_embeddings` is the length that the model was first trained for; `factors` are divisors of
+    the frequencies, one each (kind `factors`, of GGUF's `rope_freqs.weight`).
     """
 
     kind: str = "default"
@@ -33,19 +42,33 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.kind not in FREQUENCIES:
             raise ValueError(f"rope_type {self.kind!r}: expected one of {', '.join(FREQUENCIES)}")
+        if self.factors is not None and self.kind != "factors":
+            raise ValueError(f"rope_type {self.kind!r}: expected no factors of single frequencies beside it, found {len(self.factors)}")
 
     @classmethod
     def from_json(cls, found: Mapping, max_positions: int, theta: float | None = None) -> Rope:
         """From an entry of `config.json`; `max_positions` stands in for an absent original length, `theta` for an absent base."""
         known = {f.name for f in fields(cls)} - {"kind"}
-        values = {name: value for name, value in found.items() if name in known and value is not None}
+        values = {name: value for name, value in found.items() if name not in IGNORED and value is not None}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ValueError(f"rope_parameters: expected {', '.join(sorted(known | IGNORED))}, found {unknown[0]!r}")
+        _check_types(values)
+        kind = found.get("rope_type", found.get("type")) or "default"
+        # Without both of its numbers YaRN's factor would be 1.
+        needed = REQUIRED.get(kind, ("factor",) if "original_max_position_embeddings" not in values and kind == "yarn" else ())
+        absent = [name for name in needed if name not in values]
+        if absent:
+            raise ValueError(f"rope_type {kind!r}: expected {', '.join(absent)} beside it, found {', '.join(sorted(values)) or 'nothing'}")
+        if "factors" in values:
+            values["factors"] = tuple(map(float, values["factors"]))
         values.setdefault("rope_theta", theta if theta is not None else 10000.0)
         values.setdefault("original_max_position_embeddings", max_positions)
-        kind = found.get("rope_type", found.get("type")) or "default"
         if kind == "yarn" and "factor" not in values:
             values["factor"] = max_positions / values["original_max_position_embeddings"]
         return cls(kind, **values)
@@ -66,6 +89,26 @@ class Rope:
         dim = int(head_dim * self.partial_rotary_factor)
         plain = 1.0 / self.rope_theta ** (np.arange(0, dim, 2) / dim)
         return FREQUENCIES[self.kind](self, plain, dim).astype(np.float32)
+
+
+def _check_types(values: Mapping) -> None:
+    for name, value in values.items():
+        if name == "factors":
+            good, expected = isinstance(value, list | tuple) and all(_positive(v) for v in value), "a list of positive numbers"
+        elif name == "truncate":
+            good, expected = isinstance(value, bool), "true or false"
+        else:
+            good, expected = _number(value), "a number"
+        if not good:
+            raise ValueError(f"rope_parameters: {name}: expected {expected}, found {value!r:.80}")
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value) -> bool:
+    return _number(value) and value > 0
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -98,6 +141,7 @@ FREQUENCIES: dict[str, Callable] = {
     "linear": lambda rope, plain, dim: plain / rope.factor,
     "llama3": _llama3,
     "yarn": _yarn,
+    "factors": lambda rope, plain, dim: plain / np.asarray(rope.factors),
 }
 """`rope_type` to (rope, plain frequencies, rotated dimensions) -> frequencies."""
 
