@@ -31,6 +31,10 @@ class FallbackWarning(UserWarning):
     """A preferred implementation refused a call, and a slower one runs instead. Given once for each reason."""
 
 
+class KernelError(RuntimeError):
+    """A kernel that cannot be compiled or called for the target that is being lowered for."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """The static side of a packed weight among the parameters of an equation, and which leaves follow as operands."""
@@ -204,6 +208,10 @@ def targeted(call: Call, platform: str) -> Call:
     return dataclasses.replace(call, target=TARGETS[platform]()) if platform in TARGETS else call
 
 
+_failed: dict[tuple[Call, str], str] = {}
+"""(call, implementation) to why its kernel could not be made, once that has been tried: nothing else knows before."""
+
+
 def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation, list[tuple[str, str]]]:
     """The implementation of a call on a platform, and those refused before it, each with the reason."""
     refused = []
@@ -216,6 +224,8 @@ def choose(call: Call, platform: str, name: str | None) -> tuple[Implementation,
             refused.append((row.name, f"runs on {', '.join(row.platforms)}, not on {platform}"))
             continue
         reason = row.supports(call.direct, platform)
+        if reason is None and name is None:
+            reason = _failed.get((call, row.name))
         if reason is None:
             return row, refused
         refused.append((row.name, reason))
@@ -243,12 +253,20 @@ def define(primitive, describe: Callable[..., Call]) -> None:
 
     def lower(ctx, *operands, platform: str, **params):
         call = targeted(describe([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in], params), platform)
-        row, refused = choose(call, platform, params["implementation"])
-        if params["implementation"] is None and call.primitive in SLOW:
+        asked = params["implementation"]
+        while True:
+            row, refused = choose(call, platform, asked)
+            try:
+                lowered = mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
+            except KernelError as error:
+                if asked is not None:
+                    raise
+                _failed[call, row.name] = str(error).splitlines()[0][:300]
+                continue
             for name, reason in refused:
-                if not isinstance(reason, Declined):
+                if asked is None and not isinstance(reason, Declined) and (call.primitive in SLOW or (call, name) in _failed):
                     _warn(row.name, name, reason)
-        return mlir.lower_fun(_runner(call, row), multiple_results=primitive.multiple_results)(ctx, *operands)
+            return lowered
 
     for platform in PLATFORMS:
         mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._dispatch import KernelError as KernelError
 from ._launch import SHARED_MEMORY
 
 SHIPPED = Path(__file__).parent / "images"
 """Where images that come with the package lie; `python -m qfunc.kernels.triton.tune --ship` writes them."""
 
 
-class KernelError(RuntimeError):
-    """A kernel that cannot be compiled or called for the target that is being lowered for."""
+class SharedMemoryError(KernelError):
+    """A kernel that needs more shared memory than a program may have."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def missing(program: Program, target: str) -> str | None:
 def compiled(program: Program, target: str) -> Image:
     """The image of a program, compiled and kept where it is new.
 
-    Raises KernelError where Triton refuses it, where there is no Triton, or where the kernel needs more shared memory than a program may
-    have: such a launch would fail on the device, while the compilation succeeds.
+    Raises KernelError where Triton refuses it or there is no Triton, and SharedMemoryError where the kernel needs more shared memory than
+    a program may have: such a launch would fail on the device, while the compilation succeeds.
     """
     image = find(program, target)
     if image is None:
@@ -166,10 +167,15 @@ def compiled(program: Program, target: str) -> Image:
         with contextlib.suppress(OSError):      # a read-only home costs time, not correctness
             write(cache_dir() / f"{program.key(target)}.gz", image.to_bytes())
         _images[program, target] = image
-    limit = SHARED_MEMORY.get(target)
-    if limit is not None and image.shared > limit:
-        raise KernelError(f"{program.name} for {target} needs {image.shared} bytes of shared memory, a program may have {limit}: {program}")
+    if not fits(image, target):
+        raise SharedMemoryError(f"{program.name} for {target} needs {image.shared} bytes of shared memory, a program may have "
+                                f"{SHARED_MEMORY[target]}: {program}")
     return image
+
+
+def fits(image: Image, target: str) -> bool:
+    """Whether a program may have the shared memory that an image needs."""
+    return image.shared <= SHARED_MEMORY.get(target, image.shared)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -16,7 +16,9 @@ from .. import _grouped as _grouped
 from .. import _matmul as _matmul
 from .. import _take as _take
 from .._dispatch import TARGETS, Call, Declined, Implementation, register
-from . import _bridge, _image, _launch, _operands, _plan_matmul, _tables, _target, _xla
+from . import _bridge, _fit, _image, _launch, _operands, _plan_matmul, _tables, _target, _xla
+from ._fit import planned as planned
+from ._fit import program_of as program_of
 from ._launch import Config, Launch, Target
 
 PLATFORMS = ("cuda", "rocm")
@@ -39,7 +41,7 @@ def supports(call: Call, platform: str) -> str | None:
 def _refuse(call: Call, platform: str) -> str | None:
     if call.target is None:
         return _target.missing_target(platform)
-    return _launch.refusal(call, Target.parse(call.target)) or _image.missing(program_of(planned(call)), call.target)
+    return _launch.refusal(call, Target.parse(call.target)) or _fit.refusal(call)
 
 
 def _refuse_matmul(call: Call) -> str | None:
@@ -76,19 +78,6 @@ def _split(call: Call) -> tuple[Call, Call]:
     return variant(spec, bias=None), variant(None)
 
 
-def planned(call: Call, config: Config | None = None) -> Launch:
-    """The launch of a call on its target, with the config of the tuning tables unless one is given."""
-    return _launch.describe(call, Target.parse(call.target), config or _tables.config(call, call.target))
-
-
-def program_of(launch: Launch) -> _image.Program:
-    """What is compiled for a launch."""
-    kernel, options = launch.kernel, launch.options
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    return _image.Program(f"{kernel.module}:{kernel.function}", tuple(launch.signature.items()), tuple(launch.constexprs.items()),
-                          launch.divisible, warps, stages, tuple(options.items()))
-
-
 def execute(launch: Launch, arrays, target: str) -> list[jax.Array]:
     """Run a launch in the function that is being traced; returns its results."""
     present, indices = dict(launch.arrays), {name: i for i, (name, _) in enumerate(launch.results)}
@@ -111,7 +100,7 @@ def execute(launch: Launch, arrays, target: str) -> list[jax.Array]:
 
 def quantize_activation(call: Call, x, *extra):
     """`quantize_activation`: see `qfunc.kernels._reference.quantize_activation`."""
-    launch = planned(call)
+    launch = _fit.fitted(call)
     arrays, found = _operands.row_arrays(launch, call, x, *extra)
     return _operands.row_results(launch, call, execute(launch, arrays, call.target), found)
 
@@ -120,7 +109,7 @@ def _quantize(call: Call, x, extra: tuple, scope: int) -> tuple:
     """The activation of a matmul as codes; by XLA where the kernel does not make them (the loop that it writes is a good one)."""
     inner = Call("quantize_activation", (_struct(x),), spec=call.spec, extra=tuple(_struct(e) for e in extra), scope=scope,
                  target=call.target)
-    if _launch.refusal(inner, Target.parse(call.target)) is None:
+    if (_launch.refusal(inner, Target.parse(call.target)) or _fit.refusal(inner)) is None:
         return tuple(quantize_activation(inner, x, *extra))
     return tuple(_reference.quantize_activation(inner, x, *extra))
 
@@ -135,10 +124,14 @@ def matmul(call: Call, *operands, config: Config | None = None):
         call, operands = call.direct, call.gather(operands)
     if _splits(call):
         return _with_outliers(call, *operands)
-    launch, rows = planned(call.direct, config), None
+    def complete(launch: Launch) -> Launch:
+        return launch if call.rows is None else _plan_matmul.routed(launch, tokens=call.x[0].shape[0])
+
+    # A config that is given is measured as it is, or not at all.
+    launch = _fit.fitted(call.direct, complete) if config is None else complete(planned(call.direct, config))
+    rows = None
     if call.rows is not None:
         *operands, rows = operands
-        launch = _plan_matmul.routed(launch, tokens=call.x[0].shape[0])
         rows = jnp.clip(rows, 0, call.x[0].shape[0] - 1)        # the kernel reads whatever lies there
     x, w, sizes, bias = _operands.activation(call, *operands, quantize=functools.partial(_quantize, call))
     (y,) = execute(launch, _operands.arrays(launch, x, w, sizes, bias, rows), call.target)
@@ -184,7 +177,7 @@ def _flat(call: Call) -> Call:
 
 def take(call: Call, ids, *leaves):
     """`quantized_take`: rows [*ids.shape, hidden] of a table, decoded."""
-    launch = planned(_flat(call))
+    launch = _fit.fitted(_flat(call))
     (y,) = execute(launch, _operands.take_arrays(launch, ids.reshape(-1), call.packed.build(leaves)), call.target)
     return y.reshape(*ids.shape, -1)
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from .. import _reference
 from .._dispatch import Call
-from . import _image, _launch, _lowering, _model, _tables, _target
+from . import _fit, _image, _launch, _lowering, _model, _tables, _target
 from ._launch import Config, Target
 from ._plan_matmul import arithmetic, coded
 from ._tables import Row, Table
@@ -279,7 +279,7 @@ def ship(targets: Sequence[str], folder: Path, report=print) -> int:
             call = call_of(scheme, shape, count, target)
             if _launch.refusal(call, Target.parse(target)) is not None:
                 continue
-            program = _lowering.program_of(_lowering.planned(call))
+            program = _lowering.program_of(_fit.fitted(call))
             path = folder / f"{program.key(target)}.gz"
             if not path.exists():
                 _image.write(path, _image.compiled(program, target).to_bytes())
