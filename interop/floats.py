@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qfunc._errors import CheckpointError
+
 from ._refuse import read_json, refuse
 from .safetensors import FLOATS, open_folder
 
@@ -29,6 +31,8 @@ def load_floats(folder: str | Path, skip: tuple[str, ...] = (), prefix: str = ""
     Raises: CheckpointError where the folder has no safetensors, a file is damaged, or a tensor is not floating point.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: expected the folder of a float model, found a file")
     config = folder / "config.json"
     stored_in_out = config.exists() and read_json(config).get("model_type") in ALREADY_IN_OUT
     params: dict = {}

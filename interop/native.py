@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfunc._activation import check_activation
 from qfunc._codec import encode
 from qfunc._qtensor import CODECS, LEAVES, STATIC, QTensor, static_from_json, static_to_json
 
@@ -48,14 +49,17 @@ def save_native(path: str | os.PathLike, params: Mapping, config: Mapping | None
 
     Arguments: `params`, nested dicts with string keys whose leaves are arrays or QTensors; `config`, a JSON object to keep with them.
     A folder that holds a model of this format has it replaced; other files in it stay.
-    Raises: TypeError and ValueError where the tree is no such dict, before anything is written.
+    Raises: TypeError and ValueError where the tree is no such dict, CheckpointError where a QTensor's leaves are not those of its scheme;
+    all before anything is written.
     """
     folder = Path(path)
+    if not isinstance(params, Mapping) or isinstance(params, QTensor):
+        raise TypeError(f"params: expected nested dicts of arrays and QTensors, found {type(params).__name__}")
     leaves = dict(_walk(params, ""))
     tensors, entries = {}, {}
     for name, leaf in leaves.items():
         if isinstance(leaf, QTensor):
-            leaf = leaf.canonical
+            leaf = _checked(folder, name, leaf.canonical)
             entries[name] = static_to_json(leaf)
             tensors |= {f"{name}#{part}": array for part, array in leaf.leaves.items()}
         else:
@@ -110,6 +114,15 @@ def open_index(folder: Path) -> tuple[dict, dict | None, File]:
     return entries, config, File(inside(folder, index.get("weights"), folder / INDEX))
 
 
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def _fits(name: str, leaf, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether a leaf is what encoding gives; scales in floating point may have been cast with the rest of their model."""
+    cast = name != "codes" and jnp.issubdtype(dtype, jnp.floating) and np.dtype(leaf.dtype).name in FLOATS
+    return leaf.shape == shape and (leaf.dtype == dtype or cast)
+
+
 def static_fields(where: Path, name: str, entry) -> dict:
     """The static fields of a QTensor out of its entry."""
     try:
@@ -119,7 +132,11 @@ def static_fields(where: Path, name: str, entry) -> dict:
         if type(static["pad"]) is not int or not 0 <= static["pad"] < 128:
             raise ValueError(f"pad {static['pad']!r}")
         scheme = static["scheme"]
-        hash((scheme, static["view"]))          # a list or an object where a word or a number should be is not hashable
+        view = static["view"]
+        if any(type(size) is not int or size < 1 for size in (*view.ins, *view.outs)):
+            raise ValueError(f"view of {view.ins} and {view.outs}")
+        check_activation(scheme.activation)
+        hash((scheme, view))          # a list or an object where a word or a number should be is not hashable
         if not isinstance(scheme.name, str) or not isinstance(scheme.weight.code, str):
             raise ValueError(f"scheme {scheme.name!r} of {scheme.weight.code!r}")
         if not isinstance(static["dtype"], str) or not jnp.issubdtype(jnp.dtype(static["dtype"]), jnp.floating):
@@ -142,8 +159,7 @@ def _walk(node, path: str):
 
 
 def _leaf(where: Path, name: str, entry, parts: dict[str, Tensor]):
-    # A copy: JAX may share the memory of an aligned numpy array, and this one is a file.
-    arrays = {part: jnp.array(tensor.read()) for part, tensor in parts.items()}
+    arrays = {part: _array(tensor.read()) for part, tensor in parts.items()}
     if entry is None:
         if arrays.keys() != {""}:
             raise refuse(where, f"tensor {name!r}", "one array", ", ".join(sorted(arrays)) or "none")
@@ -152,6 +168,12 @@ def _leaf(where: Path, name: str, entry, parts: dict[str, Tensor]):
     if not {"codes"} <= arrays.keys() <= set(LEAVES):
         raise refuse(where, f"tensor {name!r}", f"codes and leaves among {', '.join(LEAVES)}", ", ".join(sorted(arrays)) or "none")
     return _checked(where, name, QTensor(**arrays, **static))
+
+
+def _array(values: np.ndarray):
+    # A copy: JAX may share the memory of an aligned numpy array, and this one is a file. JAX has numbers of 64 bits only where they are
+    # enabled; elsewhere they stay numpy's, whole.
+    return jnp.array(values) if jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype else np.array(values)
 
 
 def _checked(where: Path, name: str, q: QTensor) -> QTensor:
@@ -166,7 +188,7 @@ def _checked(where: Path, name: str, q: QTensor) -> QTensor:
             shapes = jax.eval_shape(partial(encode, spec=spec), jax.ShapeDtypeStruct((*batch, columns, rows), jnp.float32), perm=perm)
             want = {n: (a.shape, np.dtype(a.dtype)) for n, a in shapes.items()}
         wrong = [f"{n} {leaf.dtype}{list(leaf.shape)} instead of {want[n][1]}{list(want[n][0])}"
-                 for n, leaf in q.leaves.items() if n in want and want[n] != (leaf.shape, leaf.dtype)]
+                 for n, leaf in q.leaves.items() if n in want and not _fits(n, leaf, *want[n])]
         wrong += [f"no {n}" for n in want if n not in q.leaves]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = [str(error)]

@@ -64,7 +64,7 @@ def grouped_matmul(x, w, group_sizes, *, rows=None, bias=None, out_dtype=None) -
 def owners(sizes, rows: int):
     """(expert of each row, whether it has one) of T = `rows` rows sorted by expert."""
     ends = jnp.cumsum(sizes)
-    index = jnp.arange(rows)
+    index = jnp.arange(rows, dtype=ends.dtype)
     return jnp.minimum(jnp.searchsorted(ends, index, side="right"), sizes.shape[0] - 1), index < ends[-1]
 
 

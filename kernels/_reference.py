@@ -46,7 +46,7 @@ def batched(call: Call, function, operands):
 def grouped_matmul(call: Call, *operands):
     """y [T, N]: rows of x [T, K], sorted by expert, times the expert's own matrix of w [E, K, N]; rows beyond sum(sizes) are zero."""
     x, w, sizes, bias = call.split(operands)
-    rows = jnp.arange(x[0].shape[0])
+    rows = jnp.arange(x[0].shape[0], dtype=jnp.int32)
     ends = jnp.cumsum(sizes)
     owner = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), sizes.shape[0] - 1)
     valid = (rows < ends[-1])[:, None]
@@ -162,7 +162,7 @@ def _integer(q, spec, weight, scale, group: int, columns: int, dot: Callable, ow
         # The zero point of x comes off the sum, which wraps as int32 does and ends exact: int8 products are the fast ones.
         part = dot(values, weight, jnp.int32)
         if zero is not None:
-            part = part - zero * per_row(weight.astype(jnp.int32).sum(-1))
+            part = part - zero * per_row(weight.astype(jnp.int32).sum(-1, dtype=jnp.int32))
         return part.astype(jnp.float32)
 
     if count == 1:

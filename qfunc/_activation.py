@@ -15,7 +15,7 @@ from einops import rearrange
 
 from . import _scales
 from ._codec import E4M3_LARGEST, two_level
-from ._codes import Code, code, usable
+from ._codes import CODES, Code, code, usable
 from ._numerics import decode_e8m0, divide, extreme, round_by
 from ._spec import ActivationSpec, group
 
@@ -58,6 +58,29 @@ def quantize_rows(x, spec: ActivationSpec, input_scale=None, input_zero=None, sc
     spared = zero is None and spec.mode == "dynamic" and spec.scale_rule == "amax"
     lowest = -element.highest if spared else element.lowest
     return QuantizedActivation(jnp.clip(y, lowest, element.highest).astype(jnp.int8), scale, zero)
+
+
+def check_activation(spec: ActivationSpec | None) -> None:
+    """Raise ValueError where the fields of a spec contradict each other, so that nothing is quantized by half of it."""
+    if spec is None:
+        return
+    element = CODES.get(spec.code)
+    known = element is not None and (element.integer and element.lowest < 0 or spec.code.startswith("fp") and spec.code != "fp4_bnb")
+    rules = (*_scales.SYMMETRIC, *_scales.MX, "mx_dual")
+    expectations = (
+        ("code", spec.code, "int2 to int8, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2 or fp4_e2m1", known),
+        ("granularity", str(spec.granularity), "token, tensor or group", spec.granularity.kind in ("token", "tensor", "group")),
+        ("zero", spec.zero, "None, or 'int' for integers", spec.zero is None or spec.zero == "int" and known and element.integer),
+        ("outer", spec.outer, "None, 'tensor' or 'token'", spec.outer in (None, "tensor", "token")),
+        ("scale_rule", spec.scale_rule, f"one of {', '.join(rules)}, or with a zero point minmax or minmax_inverse",
+         spec.scale_rule in rules or spec.outer is not None or spec.zero == "int" and spec.scale_rule in ("minmax", "minmax_inverse")),
+        ("code", spec.code, f"one of {', '.join(_scales.MX_ELEMENTS)} for powers of two",
+         spec.scale_rule not in (*_scales.MX, "mx_dual") or spec.code in _scales.MX_ELEMENTS),
+        ("bound", spec.bound, "None or a positive number", spec.bound is None or spec.bound > 0),
+    )
+    for field, found, expected, holds in expectations:
+        if not holds:
+            raise ValueError(f"activations: expected {field} {expected}, found {found!r}")
 
 
 def bounded(x, spec: ActivationSpec | None):

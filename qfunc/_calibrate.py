@@ -110,8 +110,12 @@ class Collector(Walker):
 
         closed = jax.make_jaxpr(call)(values)
         args: list[Any] = []
+        paths: set[str] = set()
         for value, keys in zip(values, static.paths, strict=True):
             path, weight = leaf_path(keys[1:]), keys[0].idx == 0
+            if weight and path in paths:
+                raise ValueError(f"two leaves have the path {path!r}")
+            paths |= {path} if weight else set()
             if isinstance(value, QTensor):
                 codes, *others = jax.tree.leaves(value)
                 args += [track(path, codes) if weight else codes, *others]

@@ -96,7 +96,12 @@ def _amax(w, granularity):
 
 
 def _stored(scale, spec: WeightSpec):
-    return usable(usable(scale).astype(jnp.dtype(spec.scale_dtype)).astype(jnp.float32)).astype(jnp.dtype(spec.scale_dtype))
+    dtype, scale = jnp.dtype(spec.scale_dtype), usable(scale)
+    if dtype == jnp.float16:        # the only one with less range than float32; NaN and infinity, which say what the weight held, stay
+        least, most = (jnp.float32(limit) for limit in (2.0**-24, 65504))
+        inside = jnp.sign(scale) * jnp.clip(jnp.abs(scale), least, most)
+        scale = jnp.where(jnp.isfinite(scale), inside, scale)
+    return usable(scale.astype(dtype).astype(jnp.float32)).astype(dtype)
 
 
 def _symmetric(w, spec: WeightSpec, element: Code) -> dict:

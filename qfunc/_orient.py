@@ -171,6 +171,7 @@ def owner_of(root, keys: Sequence) -> str:
             node = getattr(node, key.name) if hasattr(key, "name") else node[key.key if hasattr(key, "key") else key.idx]
         except (AttributeError, KeyError, IndexError, TypeError):
             return ""
-    kind = type(node)
-    module = kind.__module__
-    return f"equinox.nn.{kind.__name__}" if module.startswith("equinox.nn.") else f"{module}.{kind.__name__}"
+    for kind in type(node).__mro__:         # a subclass of a known layer has its axes
+        if kind.__module__.startswith("equinox.nn."):
+            return f"equinox.nn.{kind.__name__}"
+    return f"{type(node).__module__}.{type(node).__name__}"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _codec
+from ._activation import check_activation
 from ._codec import E4M3_LARGEST
 from ._codes import code, usable
 from ._numerics import divide
@@ -25,6 +26,7 @@ from ._qtensor import CODECS, QTensor
 from ._rules import match, normalise
 from ._scales import minmax
 from ._spec import Scheme
+from ._statistics import Statistics, as_statistics, seen, spread_over
 
 PACKED = "already quantized as"
 
@@ -133,7 +135,9 @@ def make_plan(params, scheme_or_rules, known: Mapping[str, Orientation | str] | 
 
 
 def _refuse_idle_schemes(rules, matches, jobs, kept) -> None:
-    done = [job.path for job in jobs] + [path for path, reason in kept.items() if reason.startswith(PACKED)]
+    # What is packed by the rule's own scheme is done; by another, it is left as it is, which is no work of this rule.
+    packed = [path for path, m in matches.items() if m.scheme is not None and kept.get(path) == f"{PACKED} {m.scheme.name}"]
+    done = [job.path for job in jobs] + packed
     busy = {matches[path].pattern for path in done if path in matches}
     for pattern, rule in rules.items():
         if rule.scheme is None or pattern in busy or (pattern == "*" and len(rules) > 1):
@@ -169,6 +173,7 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
     if len(shape) != orientation.axes:
         raise ValueError(f"expected {orientation.axes} axes, found shape {tuple(shape)}")
     _codec.check_spec(scheme.weight)
+    check_activation(scheme.activation)
     _, ins, outs = orientation.split(shape)
     columns, rows = math.prod(ins), math.prod(outs)
     if not columns or not rows:
@@ -176,6 +181,10 @@ def check_shape(shape, scheme: Scheme, orientation: Orientation) -> None:
     if scheme.weight.code in CODECS.blocks:
         raise ValueError(f"{scheme.name} weights are read from files, not made; qfunc.schemes lists what can be made")
     granularity = scheme.weight.granularity
+    fixed = scheme.weight.scale_dtype in ("e8m0", "fp8_e4m3")
+    if granularity.kind == "group" and columns % granularity.size and fixed:
+        raise ValueError(f"{scheme.name}: its groups of {granularity.size} do not divide the contracted size {columns} of shape "
+                         f"{tuple(shape)}, and are fixed by the format")
     if granularity.kind == "group" and columns % granularity.size:
         fits = [d for d in range(min(columns, 512), 1, -1) if columns % d == 0][:6]
         raise ValueError(f"{scheme.name}: groups of {granularity.size} do not divide the contracted size {columns} "
@@ -229,18 +238,23 @@ def _statistics(plan: Plan, leaves, calibration) -> dict[str, Any]:
     for job in plan.jobs:
         spec = job.scheme.activation
         needs = job.scheme.weight.actorder or (spec is not None and spec.mode == "static")
-        if calibration is None or job.path not in calibration:
+        given = None if calibration is None else calibration.get(job.path)
+        if isinstance(given, Statistics) and not seen(given):
+            given = None
+            if needs:
+                missing.append(f"{job.path or 'the array'}: {job.scheme.name} needs calibration, which saw no row of its activation")
+                continue
+        if given is None:
             if needs:
                 near = f" (nearest given: {', '.join(nearest(job.path, calibration))})" if calibration else ""
                 missing.append(f"{job.path or 'the array'}: {job.scheme.name} needs calibration, found none{near}")
             continue
-        from ._calibrate import as_statistics
-        statistics = as_statistics(calibration[job.path], job.path)
-        _, ins, _ = job.orientation.split(leaves[job.index][1].shape)
+        statistics = as_statistics(given, job.path)
+        batch, ins, _ = job.orientation.split(leaves[job.index][1].shape)
         if statistics.min.shape[-1] != math.prod(ins):
             missing.append(f"{job.path}: calibration has {statistics.min.shape[-1]} channels, the weight contracts {math.prod(ins)}")
             continue
-        found[job.path] = statistics
+        found[job.path] = spread_over(statistics, batch, job.path)
     if missing:
         raise ValueError("\n".join([*missing, "pass calibration=qfunc.calibrate(apply, params, batches), or raw activations by path"]))
     return found
@@ -248,7 +262,7 @@ def _statistics(plan: Plan, leaves, calibration) -> dict[str, Any]:
 
 @jax.jit
 def _all_finite(w):
-    return jnp.isfinite(w).all()
+    return jnp.isfinite(w.astype(jnp.float32)).all()
 
 
 def _refuse_non_finite(plan: Plan, leaves) -> None:

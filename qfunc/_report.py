@@ -170,7 +170,12 @@ def report(params, qparams, *, batch: Mapping[str, Any] | None = None) -> Report
 
 def _leaves(tree) -> dict[str, Any]:
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))[0]
-    return {leaf_path(path): leaf for path, leaf in flat}
+    found: dict[str, Any] = {}
+    for keys, leaf in flat:
+        if (path := leaf_path(keys)) in found:
+            raise ValueError(f"two leaves have the path {path!r}")
+        found[path] = leaf
+    return found
 
 
 def _row(path: str, w, q: QTensor, x) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Match:
 
 def normalise(rules) -> dict[str, Rule]:
     """Whatever `quantize` takes as a mapping from pattern to `Rule`; every scheme name is parsed, so that typing errors come first."""
+    if isinstance(rules, (list, tuple, set)):
+        raise TypeError(f"rules: expected a scheme or a mapping from patterns to schemes, found {type(rules).__name__}")
     if not isinstance(rules, Mapping):
         rules = {"*": rules}
     if not rules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,8 @@ class Statistics:
 
     def reduce(self, axis: int) -> Statistics:
         """Merge along one leading axis."""
-        return Statistics(self.count.sum(axis), self.min.min(axis), self.max.max(axis), self.abs_sum.sum(axis), self.sq_sum.sum(axis))
+        return Statistics(self.count.sum(axis, dtype=jnp.int32), self.min.min(axis), self.max.max(axis), self.abs_sum.sum(axis),
+                          self.sq_sum.sum(axis))
 
     def merge_across(self, axis_name) -> Statistics:
         """Merge over the devices of a mesh axis: psum of counts and sums, pmin and pmax of the extremes. Inside `shard_map`."""
@@ -75,8 +77,8 @@ class Statistics:
 def empty(leading: tuple[int, ...], channels: int) -> Statistics:
     """The statistics of no rows."""
     shape = (*leading, channels)
-    zeros = jnp.zeros(shape)
-    return Statistics(jnp.zeros(leading, jnp.int32), jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf), zeros, zeros)
+    zeros, top = jnp.zeros(shape, jnp.float32), jnp.full(shape, jnp.inf, jnp.float32)
+    return Statistics(jnp.zeros(leading, jnp.int32), top, -top, zeros, zeros)
 
 
 def statistics_of(x, leading: int = 0) -> Statistics:
@@ -87,6 +89,8 @@ def statistics_of(x, leading: int = 0) -> Statistics:
     x = jnp.asarray(x)
     if x.ndim <= leading or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"activations: expected a float array [..., K] with {leading} leading axes, found {x.dtype} {x.shape}")
+    if 0 in x.shape[leading:-1]:
+        raise ValueError(f"activations: there are no rows in {x.shape}")
     found = _of_rows(x.reshape(*x.shape[:leading], -1, x.shape[-1]))
     refuse(found, "activations")
     return found
@@ -109,7 +113,8 @@ def of_groups(x, group_sizes) -> Statistics:
     """Statistics [E, K] of rows x [T, K] sorted by group, as `lax.ragged_dot` takes them; rows beyond the groups do not count."""
     x = x.astype(jnp.float32)
     groups = group_sizes.shape[0]
-    owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right")
+    ends, index = jnp.cumsum(group_sizes.astype(jnp.int32)), jnp.arange(x.shape[0], dtype=jnp.int32)
+    owner = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
 
     def reduced(function, values):
         return function(values, owner, num_segments=groups, indices_are_sorted=True)
@@ -146,6 +151,26 @@ def _filled(found: Statistics) -> Statistics:
         return jnp.where(seen if jnp.ndim(part) == seen.ndim else seen[..., None], part, whole)
 
     return jax.tree.map(fill, found, every)
+
+
+def spread_over(found: Statistics, batch: tuple[int, ...], path: str) -> Statistics:
+    """The statistics with an axis, of size 1 where slices share them, for each leading axis of a weight.
+
+    Raises ValueError, naming `path`, where the axes that they have are none of the weight's, or could be several.
+    """
+    lead = tuple(jnp.shape(found.count))
+    places = [axes for axes in itertools.combinations(range(len(batch)), len(lead))
+              if all(size in (1, batch[axis]) for size, axis in zip(lead, axes, strict=True))]
+    if len(places) != 1 and (not places or set(lead) - {1}):
+        raise ValueError(f"calibration of {path}: expected statistics of the leading axes {batch} of the weight, found {lead}"
+                         + (", which could be several of them; give every axis, of size 1 where slices share" if places else ""))
+    absent = [axis for axis in range(len(batch)) if axis not in places[0]]
+    return jax.tree.map(lambda part: jnp.expand_dims(part, absent), found)
+
+
+def seen(found: Statistics) -> bool:
+    """False where it is known that they are of no row at all."""
+    return isinstance(found.count, jax.core.Tracer) or bool(np.any(np.asarray(found.count) > 0))
 
 
 def merge(first, second):

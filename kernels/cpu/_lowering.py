@@ -129,7 +129,7 @@ def grouped_matmul(call: Call, *operands):
     x, w, sizes, bias = call.split(operands)
     w = w.canonical
     spec, how, experts = call.spec, mode(call.spec, w, call.quantized), sizes.shape[0]
-    rows = jnp.arange(x[0].shape[0])
+    rows = jnp.arange(x[0].shape[0], dtype=jnp.int32)
     ends = jnp.cumsum(sizes)
     owner = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), experts - 1)
     valid = (rows < ends[-1])[:, None]

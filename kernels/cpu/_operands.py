@@ -42,6 +42,8 @@ def refusal(w: QTensor) -> str | None:
         return None
     if spec.code not in CODES:
         return f"there is no native decoder of {spec.code}"
+    if np.dtype(w.codes.dtype).itemsize != 1:
+        return f"codes of type {w.codes.dtype}"         # a model of 8-bit floats that was cast as a whole
     if scale_kind(w) not in SCALE:
         return f"scales of type {scale_kind(w)}"
     if w.zero is not None and spec.zero == "int" and np.dtype(w.zero.dtype) != np.uint8:

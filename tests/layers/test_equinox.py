@@ -88,3 +88,17 @@ def test_calibrated(key):
     q = qfunc.quantize(model, rules, calibration=statistics)
     y, want = q(ids), qfunc.dequantize(q)(ids)
     assert 0 < jnp.linalg.norm(y - want) / jnp.linalg.norm(want) < 0.1
+
+
+def test_a_subclass_of_a_layer_has_its_axes(rng):
+    class Convolution(eqx.nn.Conv1d):
+        pass
+
+    class Dense(eqx.nn.Linear):
+        pass
+
+    key = jax.random.key(int(rng.integers(2**31)))
+    model = {"proj": Convolution(8, 8, 3, key=key), "out": Dense(8, 24, key=key)}
+    q = qfunc.quantize(model, "w8a16")
+    assert not isinstance(q["proj"].weight, qfunc.QTensor) and q["out"].weight.shape == (24, 8)
+    assert q["out"].weight.matrix_shape == (8, 24)
