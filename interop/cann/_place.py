@@ -183,7 +183,7 @@ def place_leaves(packed: Packed, leaves: dict[str, torch.Tensor], *, soc: str, d
 
 
 def _dequantized(base: Placed, leaves: dict[str, torch.Tensor], kind: str | None) -> Placed:
-    """A 16-bit matrix [.., N, K]; smoothing and order of the inputs are in it."""
+    """A 16-bit matrix [.., N, K]; the order of the inputs is in it. Smoothing is not: rows that several weights share have it already."""
     *batch, columns, rows = base.shape
     if any(leaf.is_meta for leaf in leaves.values()):
         weight = torch.empty((*batch, rows, columns), dtype=base.dtype, device="meta")
@@ -194,6 +194,8 @@ def _dequantized(base: Placed, leaves: dict[str, torch.Tensor], kind: str | None
         weight = _matrix(base.packed, leaves, base.dtype)
     weight = weight.to(base.device)
     base.operands = {"weight": format_cast(weight) if base.experts else weight}
+    if "smooth" in leaves:
+        base.operands["smooth"] = leaves["smooth"].to(INPUT_LEAVES["smooth"]).to(base.device)
     base.kept = dict(leaves)
     scheme = base.packed.scheme
     lost = f", its activations stay in floating point instead of {scheme.activation.code}" if scheme.activation is not None else ""
@@ -206,7 +208,4 @@ _decode = jax.jit(dequantize_matrix)      # op by op, a block format compiles a 
 
 def _matrix(packed: Packed, leaves: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     q = packed.build([jnp.asarray(to_numpy(leaf)) for leaf in leaves.values()])
-    matrix = _decode(q)
-    if q.smooth is not None:
-        matrix = matrix * q.smooth.astype(jnp.float32)[..., None, :]
-    return torch.from_numpy(np.array(matrix)).to(dtype)
+    return torch.from_numpy(np.array(_decode(q))).to(dtype)
