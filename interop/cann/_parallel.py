@@ -12,7 +12,7 @@
 | scale and zero per channel or tensor | rows | on every rank |
 | scale and zero per group, MX scales | rows | groups; a rank holds whole ones |
 | block scales | rows of blocks; a block that holds several ranks' rows is repeated | columns of blocks |
-| scale2, input_scale, input_zero | rows where it has them; on every rank | on every rank |
+| scale2; input_scale, input_zero | rows where it has them; on every rank | on every rank (scale2 of `mxfp4_dual`: its spans) |
 | smooth; order of inputs (act-order) | on every rank | cut; refused, it crosses ranks |
 | bias | cut | on every rank, added once, after the sum |
 
@@ -34,6 +34,7 @@ from qfunc import _pack
 from qfunc._codes import CODES
 from qfunc._paths import leaf_path
 from qfunc._qtensor import CODECS, QTensor
+from qfunc._scales import DUAL_SPAN
 from qfunc._spec import bits_of
 from qfunc.layers.config import ModelConfig
 from qfunc.layers.linear import ROTATIONS
@@ -164,7 +165,9 @@ def _rows(q: QTensor, rank: int, size: int) -> QTensor:
         raise ValueError("its inputs have an order of their own (act-order), which crosses ranks")
     if weight.scale_rule == "double":
         raise ValueError("its scales are quantized in blocks that cross outputs")
-    units = {"groups of {} inputs": weight.granularity.size if weight.granularity.kind in ("group", "block") else 1,
+    dual = "mx_dual" in (weight.scale_rule, activation.scale_rule if activation is not None else None)
+    units = {"spans of {} inputs": DUAL_SPAN if dual else 1,
+             "groups of {} inputs": weight.granularity.size if weight.granularity.kind in ("group", "block") else 1,
              "blocks of {} inputs": CODECS.blocks[weight.code][0] if weight.code in CODECS.blocks else 1,
              "activations in groups of {}": activation.granularity.size
              if activation is not None and activation.granularity.kind == "group" else 1}
@@ -178,6 +181,8 @@ def _rows(q: QTensor, rank: int, size: int) -> QTensor:
         leaf = getattr(q, name)
         if leaf is not None and group:
             out[name] = leaf[..., first // group:-(-last // group)]
+    if q.scale2 is not None and q.scale2.shape[-1] > 1:
+        out["scale2"] = q.scale2[..., first // DUAL_SPAN:-(-last // DUAL_SPAN)]
     if q.smooth is not None:
         out["smooth"] = q.smooth[..., first:last]
     return q.replace(**out)

@@ -1,6 +1,5 @@
 """Where torch and JAX part ways at the edges of `to_torch` and `place`: shared codes, cached traces, storage, ends of integer ranges."""
 
-import jax
 import jax.numpy as jnp
 import npu_cpu
 import npu_weights

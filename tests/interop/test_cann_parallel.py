@@ -122,6 +122,27 @@ def test_a_cut_inside_a_packed_block_packs_again(rng):
     assert parts[0].codes.shape == (32, 64) and parts[0].pad == 96
 
 
+def test_second_scales_over_spans_are_cut_with_them(rng):
+    import npu_cpu
+
+    from qfunc.interop.cann import place as placed
+    from qfunc.interop.cann import to_tensor, to_torch
+    npu_cpu.install()
+    q = qfunc.quantize({"kernel": jax.numpy.asarray(rng.standard_normal((2048, 64)), "float32")}, {"*": "mxfp4_dual"})["kernel"]
+    params = {"model": {"layers": {"0": {"mlp": {"down_proj": {"kernel": q}}}}}}
+    whole = q.dequantize()
+    x = jax.numpy.asarray(rng.standard_normal((4, 2048)), "bfloat16")
+    for rank in range(2):
+        part = rank_params(params, CONFIG, rank, 2)["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
+        own = slice(rank * 1024, (rank + 1) * 1024)
+        np.testing.assert_array_equal(part.dequantize(), whole[own])
+        got = to_torch(qfunc.matmul)(to_tensor(x[:, own]), placed(part, "cpu", "A5")).float().numpy()
+        want = np.asarray(qfunc.matmul(x[:, own], part), np.float32)
+        assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+    with pytest.raises(ValueError, match="spans of 512 inputs would be cut"):
+        rank_params(params, CONFIG.replace(num_attention_heads=8, num_key_value_heads=8), 0, 8)
+
+
 def test_what_cannot_be_cut_is_named(rng):
     coarse = qfunc.quantize({"kernel": jax.numpy.asarray(rng.standard_normal((128, 32)), "float32")}, {"*": "w4a16_g128"})["kernel"]
     order = coarse.replace(perm=jax.numpy.arange(128)[::-1])
