@@ -176,6 +176,10 @@ def _array(values: np.ndarray):
     return jnp.array(values) if jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype else np.array(values)
 
 
+def _spreads(shape, over) -> bool:
+    return len(shape) <= len(over) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(over), strict=False))
+
+
 def _checked(where: Path, name: str, q: QTensor) -> QTensor:
     """The QTensor, if its leaves have the shapes and types that encoding such a weight gives."""
     try:
@@ -190,6 +194,9 @@ def _checked(where: Path, name: str, q: QTensor) -> QTensor:
         wrong = [f"{n} {leaf.dtype}{list(leaf.shape)} instead of {want[n][1]}{list(want[n][0])}"
                  for n, leaf in q.leaves.items() if n in want and not _fits(n, leaf, *want[n])]
         wrong += [f"no {n}" for n in want if n not in q.leaves]
+        inputs = {"input_scale": (1, 1), "input_zero": (1, 1), "smooth": (rows,)}
+        wrong += [f"{n} of shape {list(q.leaves[n].shape)} instead of {[*batch, *cell]}"
+                  for n, cell in inputs.items() if n in q.leaves and not _spreads(q.leaves[n].shape, (*batch, *cell))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:

@@ -141,7 +141,8 @@ def _reordered(row: Scheme) -> Scheme:
 def scheme(name: str) -> Scheme:
     """The scheme of a name or alias.
 
-    Names are case-insensitive, apart from compressed-tensors' `W4A16`, whose groups are of 128. `Scheme` objects pass through.
+    Names are case-insensitive, apart from compressed-tensors' `W2A16` to `W7A16`, whose groups are of 128; `W8A16`, `W8A8`, `W4A8` and
+    `W4A4` are ModelSlim's. `Scheme` objects pass through.
     Raises ValueError for an unknown or impossible name, naming the nearest ones.
     """
     if isinstance(name, Scheme):

@@ -190,6 +190,13 @@ def test_a_bare_tensor_is_no_model(rng, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("leaf", "value"), [("input_scale", np.ones((7, 1), np.float32)), ("smooth", np.ones(9, np.float32))])
+def test_leaves_of_the_activation_fit_their_weight(rng, tmp_path, leaf, value):
+    q = qfunc.quantize({"w": normal(rng, 32, 8)}, "w8a8_dynamic")["w"]
+    with pytest.raises(qfunc.CheckpointError, match=f"tensor 'w'.*{leaf} of shape"):
+        qfunc.interop.save_native(tmp_path, {"w": dataclasses.replace(q, **{leaf: jnp.asarray(value)})})
+
+
 @pytest.mark.parametrize("sizes", [(0,), ("a",), (-4,)])
 def test_a_view_that_is_none_is_refused(rng, tmp_path, sizes):
     q = qfunc.quantize({"w": normal(rng, 32, 8)}, "w8a16")["w"]
