@@ -86,7 +86,7 @@ class TorchFunction:
             places.append(i)
             signature.append(abstract)
         held = [_held(leaf) for leaf in leaves]
-        key = (tree, tuple(places), tuple(others), tuple(map(_hashable, signature)), tuple(held), jax.config.jax_enable_x64)
+        key = (tree, tuple(places), tuple(map(_static, others)), tuple(map(_hashable, signature)), tuple(held), jax.config.jax_enable_x64)
         traced = self._traces.get(key)
         if traced is None:
             traced = self._traces[key] = self._trace(tree, places, others, signature, held)
@@ -186,6 +186,11 @@ def _abstract(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return None
+
+
+def _static(value):
+    """A static argument as a key: 1, 1.0 and True are equal, 0.0 and -0.0 too, and NaN is not even equal to itself."""
+    return type(value), repr(value) if isinstance(value, (float, complex)) else value
 
 
 def _hashable(abstract):

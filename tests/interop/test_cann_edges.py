@@ -44,3 +44,16 @@ def test_experts_that_are_dequantized_are_smoothed_each_by_its_own(rng):
     got = cann.to_torch(qfunc.grouped_matmul)(cann.to_tensor(x), placed, cann.to_tensor(sizes)).float().numpy()
     want = np.asarray(qfunc.grouped_matmul(x, q, sizes), np.float32)
     assert placed.kind == "float" and np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+
+
+def test_static_numbers_that_are_equal_are_not_the_same():
+    product, x = cann.to_torch(lambda x, a: x * a), torch.arange(4, dtype=torch.int32)
+    types = {a: product(x, a).dtype for a in (2,)} | {repr(a): product(x, a).dtype for a in (1, 1.0, True)}
+    assert types == {2: torch.int32, "1": torch.int32, "1.0": torch.float32, "True": torch.int32}
+    signed = cann.to_torch(lambda x, a: jnp.copysign(x, a))
+    assert signed(torch.ones(2), 0.0).tolist() == [1, 1] and signed(torch.ones(2), -0.0).tolist() == [-1, -1]
+    handed = cann.to_torch(lambda x, a: (x, a))
+    assert handed(torch.ones(1), 1)[1] is not True and handed(torch.ones(1), True)[1] is True
+    for _ in range(3):
+        assert torch.isnan(product(x, float("nan"))).all()
+    assert len(product._traces) == 5
