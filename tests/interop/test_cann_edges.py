@@ -47,13 +47,12 @@ def test_experts_that_are_dequantized_are_smoothed_each_by_its_own(rng):
 
 
 def test_static_numbers_that_are_equal_are_not_the_same():
-    product, x = cann.to_torch(lambda x, a: x * a), torch.arange(4, dtype=torch.int32)
-    types = {a: product(x, a).dtype for a in (2,)} | {repr(a): product(x, a).dtype for a in (1, 1.0, True)}
-    assert types == {2: torch.int32, "1": torch.int32, "1.0": torch.float32, "True": torch.int32}
+    cast, x = cann.to_torch(lambda x, a: x.astype(jnp.asarray(a).dtype)), torch.arange(4, dtype=torch.int32)
+    assert [cast(x, a).dtype for a in (1, 1.0, True)] == [torch.int32, torch.float32, torch.bool]
     signed = cann.to_torch(lambda x, a: jnp.copysign(x, a))
     assert signed(torch.ones(2), 0.0).tolist() == [1, 1] and signed(torch.ones(2), -0.0).tolist() == [-1, -1]
     handed = cann.to_torch(lambda x, a: (x, a))
     assert handed(torch.ones(1), 1)[1] is not True and handed(torch.ones(1), True)[1] is True
     for _ in range(3):
-        assert torch.isnan(product(x, float("nan"))).all()
-    assert len(product._traces) == 5
+        assert np.isnan(handed(torch.ones(1), float("nan"))[1])
+    assert len(cast._traces) == 3 and len(handed._traces) == 3
