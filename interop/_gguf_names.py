@@ -149,10 +149,13 @@ def config(metadata: dict, architecture: str, tensors: dict) -> dict:
     embedding = tensors.get("token_embd.weight")
     if embedding is not None:
         out["vocab_size"] = embedding.shape[0]
-    if architecture == "llama" and "head_dim" not in out:
-        width, heads = (number(metadata, f"llama.{key}", 0) for key in ("embedding_length", "attention.head_count"))
-        found = number(metadata, "llama.rope.dimension_count") or (width // heads if heads else None)
+    if "head_dim" not in out:
+        width, heads = (number(metadata, f"{architecture}.{key}", 0) for key in ("embedding_length", "attention.head_count"))
+        turned = number(metadata, "llama.rope.dimension_count") if architecture == "llama" else None
+        found = turned or (width // heads if heads else None)
         out |= {"head_dim": found} if found else {}
+    # llama.cpp's default; transformers has others for some families.
+    out.setdefault("rope_theta", 10000.0)
     out["tie_word_embeddings"] = "output.weight" not in tensors
     out["attention_bias"] = any(name.endswith("attn_q.bias") for name in tensors)
     if architecture in _WIDE and isinstance(out.get("head_dim"), int):
