@@ -1,6 +1,6 @@
-"""Torch rules of elementwise lax primitives.
+"""Torch rules of elementwise lax primitives; those of integers alone are in `_lax_integers`.
 
-Where torch and XLA differ the rule says so: integer division by zero, NaN in `sign`, shifts by the width, casts of what does not fit.
+Where torch and XLA differ the rule says so, as in casts of what does not fit.
 Unsigned integers above 8 bits, which torch only stores, are computed as signed ones of the same bits.
 """
 
@@ -31,7 +31,7 @@ def every(eqn, function: Callable) -> Callable:
     return run
 
 
-def _signed(eqn, function: Callable) -> Callable:
+def signed(eqn, function: Callable) -> Callable:
     """`function` on signed views of unsigned operands; an unsigned result is viewed back."""
     _, dtype = abstract(eqn.outvars[0].aval)
     if dtype not in UNSIGNED and not any(torch_dtype(v.aval.dtype) in UNSIGNED for v in eqn.invars if not is_literal(v)):
@@ -61,11 +61,12 @@ def _fits(v) -> bool:
     return torch_dtype(v.aval.dtype) not in UNSIGNED or value < 2**31
 
 
-def _unary(function: Callable):
-    return lambda eqn, scope: _signed(eqn, every(eqn, _eight(eqn, function)))
+def unary(function: Callable):
+    """A rule of one operand."""
+    return lambda eqn, scope: signed(eqn, every(eqn, _eight(eqn, function)))
 
 
-def _binary(function: Callable, numbers: bool = True, swapped: Callable | None = None):
+def binary(function: Callable, numbers: bool = True, swapped: Callable | None = None):
     """A rule of two operands; `numbers`: a literal in second place may go in as a Python number; `swapped` takes one in first place."""
     def factory(eqn, scope):
         first, second = eqn.invars
@@ -73,10 +74,10 @@ def _binary(function: Callable, numbers: bool = True, swapped: Callable | None =
             return every(eqn, _eight(eqn, function))
         if numbers and is_literal(second) and not is_literal(first) and not second.aval.shape and _fits(second):
             value = number(second)
-            return _signed(eqn, lambda x: function(x, value))
+            return signed(eqn, lambda x: function(x, value))
         if swapped is not None and is_literal(first) and not is_literal(second) and not first.aval.shape and _fits(first):
             value = number(first)
-            return _signed(eqn, lambda y: swapped(y, value))
+            return signed(eqn, lambda y: swapped(y, value))
         return _signed_all(eqn, function)
     return factory
 
@@ -84,25 +85,10 @@ def _binary(function: Callable, numbers: bool = True, swapped: Callable | None =
 def _signed_all(eqn, function):
     def run(*operands):
         return function(*operands)
-    return every(eqn, _signed(eqn, run))
+    return every(eqn, signed(eqn, run))
 
 
-def _divide(eqn, scope):
-    if eqn.outvars[0].aval.dtype.kind in "cfV" or "float" in eqn.outvars[0].aval.dtype.name:
-        return _binary(torch.div)(eqn, scope)
-    # XLA defines x / 0 = -1 and x % 0 = x where torch stops.
-    def divide(x, y):
-        return torch.where(y == 0, -1, torch.div(x, torch.where(y == 0, 1, y), rounding_mode="trunc"))
-    return every(eqn, _unsigned64(eqn, divide))
-
-
-def _remainder(eqn, scope):
-    if "float" in eqn.outvars[0].aval.dtype.name:
-        return _binary(torch.fmod)(eqn, scope)
-    return every(eqn, _unsigned64(eqn, lambda x, y: torch.where(y == 0, x, torch.fmod(x, torch.where(y == 0, 1, y)))))
-
-
-def _unsigned64(eqn, function):
+def unsigned64(eqn, function):
     """Order and quotients of unsigned numbers, in 64 bits."""
     _, dtype = abstract(eqn.outvars[0].aval)
     if torch_dtype(eqn.invars[0].aval.dtype) not in UNSIGNED:
@@ -155,42 +141,8 @@ def _total(function: Callable):
 
 def _extreme(function: Callable):
     def factory(eqn, scope):
-        return every(eqn, _unsigned64(eqn, _eight(eqn, function)))
+        return every(eqn, unsigned64(eqn, _eight(eqn, function)))
     return factory
-
-
-def _shift(function: Callable, arithmetic: bool):
-    """Shifts by the width or more give 0, or the sign; torch leaves them undefined."""
-    def factory(eqn, scope):
-        shape, dtype = abstract(eqn.outvars[0].aval)
-        bits = dtype.itemsize * 8
-        second = eqn.invars[1]
-
-        def clipped(x, n):
-            if not isinstance(n, torch.Tensor):
-                return function(x, n, bits)
-            beyond = (n < 0) | (n >= bits)              # an amount is unsigned
-            shifted = function(x, torch.where(beyond, bits - 1, n), bits)
-            return shifted if arithmetic else torch.where(beyond, 0, shifted)
-        if is_literal(second) and not second.aval.shape and 0 <= number(second) < bits and not is_literal(eqn.invars[0]):
-            amount = number(second)
-            return _signed(eqn, lambda x: clipped(x, amount))
-        return every(eqn, _signed(eqn, clipped))
-    return factory
-
-
-def _logical_right(x, n, bits: int):
-    if x.dtype == torch.uint8:
-        return x >> n
-    # An arithmetic shift drags the sign along: mask what it brought in.
-    mask = ((-1 << (bits - 1)) >> n) << 1 if not isinstance(n, torch.Tensor) else None
-    if mask is not None:
-        return (x >> n) & ~mask if n else x
-    return torch.where(n == 0, x, (x >> n) & ~((torch.full_like(x, -1) << (bits - 1) >> n) << 1))
-
-
-def _sign(x):
-    return torch.where(torch.isnan(x), x, torch.sign(x)) if x.is_floating_point() else torch.sgn(x)
 
 
 def _round(eqn, scope):
@@ -204,7 +156,7 @@ def _power(eqn, scope):
     exponent = eqn.params["y"]
     if "float" in eqn.outvars[0].aval.dtype.name:
         return every(eqn, lambda x: torch.pow(x, exponent))
-    return every(eqn, _signed(eqn, lambda x: torch.pow(x, exponent)))
+    return every(eqn, signed(eqn, lambda x: torch.pow(x, exponent)))
 
 
 def _pow(x, y):
@@ -330,52 +282,31 @@ def _nan_min(x, y):
     return torch.logical_and(x, y) if x.dtype == torch.bool else torch.minimum(x, y)
 
 
-def _leading_zeros(x):
-    """All bits below the highest one are set, by doubling; what is left is zeros in front."""
-    bits = 8 * x.dtype.itemsize
-    wide = x.to(torch.int64) & (2**bits - 1 if bits < 64 else -1)
-    for by in (1, 2, 4, 8, 16, 32):
-        wide = wide | ((wide >> by) & (2 ** (64 - by) - 1))
-    return (bits - _bits(wide)).to(x.dtype)
-
-
-def _bits(x):
-    """Ones among the bits of an integer, counted pair by pair."""
-    wide = x.to(torch.int64) & ((1 << (8 * x.dtype.itemsize)) - 1 if x.dtype.itemsize < 8 else -1)
-    wide = wide - ((wide >> 1) & 0x5555555555555555)
-    wide = (wide & 0x3333333333333333) + ((wide >> 2) & 0x3333333333333333)
-    wide = (wide + (wide >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((wide * 0x0101010101010101) >> 56).to(x.dtype)
-
-
 _UNARY = {
-    "neg": torch.neg, "abs": torch.abs, "sign": _sign, "floor": torch.floor, "ceil": torch.ceil, "exp": torch.exp, "exp2": torch.exp2,
+    "neg": torch.neg, "abs": torch.abs, "floor": torch.floor, "ceil": torch.ceil, "exp": torch.exp, "exp2": torch.exp2,
     "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
     "cbrt": lambda x: torch.copysign(torch.pow(x.abs(), 1 / 3), x), "square": torch.square, "logistic": _logistic, "tanh": torch.tanh,
     "sin": torch.sin, "cos": torch.cos, "tan": torch.tan, "asin": torch.asin, "acos": torch.acos, "atan": torch.atan,
     "sinh": torch.sinh, "cosh": torch.cosh, "asinh": torch.asinh, "acosh": torch.acosh, "atanh": torch.atanh,
     "erf": torch.erf, "erfc": torch.erfc, "erf_inv": torch.erfinv, "lgamma": torch.lgamma, "digamma": torch.digamma,
     "bessel_i0e": torch.special.i0e, "bessel_i1e": torch.special.i1e,
-    "is_finite": torch.isfinite, "not": torch.bitwise_not, "population_count": _bits, "clz": _leading_zeros,
-    "copy": lambda x: x, "copy_p": lambda x: x,
+    "is_finite": torch.isfinite, "not": torch.bitwise_not, "copy": lambda x: x, "copy_p": lambda x: x,
     "stop_gradient": lambda x: x, "name": lambda x: x, "real": torch.real, "imag": torch.imag, "conj": torch.conj_physical,
     "sharding_constraint": lambda x: x, "layout_constraint": lambda x: x, "reshard": lambda x: x, "pvary": lambda x: x,
 }
 _BINARY = {
-    "add": _binary(torch.add, swapped=torch.add), "add_any": _binary(torch.add), "sub": _binary(torch.sub, swapped=_negative),
-    "mul": _binary(torch.mul, swapped=torch.mul), "pow": _binary(_pow), "atan2": _binary(torch.atan2, numbers=False),
-    "nextafter": _binary(torch.nextafter, numbers=False), "complex": _binary(torch.complex, numbers=False),
+    "add": binary(torch.add, swapped=torch.add), "add_any": binary(torch.add), "sub": binary(torch.sub, swapped=_negative),
+    "mul": binary(torch.mul, swapped=torch.mul), "pow": binary(_pow), "atan2": binary(torch.atan2, numbers=False),
+    "nextafter": binary(torch.nextafter, numbers=False), "complex": binary(torch.complex, numbers=False),
     "max": _extreme(_nan_max), "min": _extreme(_nan_min),
-    "and": _binary(torch.bitwise_and, swapped=torch.bitwise_and), "or": _binary(torch.bitwise_or, swapped=torch.bitwise_or),
-    "xor": _binary(torch.bitwise_xor, swapped=torch.bitwise_xor), "div": _divide, "rem": _remainder,
-    "shift_left": _shift(lambda x, n, bits: x << n, False), "shift_right_logical": _shift(_logical_right, False),
-    "shift_right_arithmetic": _shift(lambda x, n, bits: x >> n, True),
+    "and": binary(torch.bitwise_and, swapped=torch.bitwise_and), "or": binary(torch.bitwise_or, swapped=torch.bitwise_or),
+    "xor": binary(torch.bitwise_xor, swapped=torch.bitwise_xor),
     "eq": _compare(torch.eq), "ne": _compare(torch.ne), "lt": _compare(torch.lt), "le": _compare(torch.le), "gt": _compare(torch.gt),
     "ge": _compare(torch.ge),
 }
 
 for _name, _function in _UNARY.items():
-    rule(_name)(_unary(_function))
+    rule(_name)(unary(_function))
 for _name, _factory in _BINARY.items():
     rule(_name)(_factory)
 for _name, _function in {"lt_to": torch.lt, "le_to": torch.le, "eq_to": torch.eq}.items():
@@ -384,7 +315,7 @@ rule("round")(_round)
 rule("integer_pow")(_power)
 rule("convert_element_type")(_cast)
 rule("select_n")(_select)
-rule("clamp")(lambda eqn, scope: every(eqn, _unsigned64(eqn, _eight(eqn, _clamp))))
+rule("clamp")(lambda eqn, scope: every(eqn, unsigned64(eqn, _eight(eqn, _clamp))))
 rule("bitcast_convert_type")(_bitcast)
 rule("reduce_precision")(_precision)
 rule("iota")(_iota)

@@ -55,8 +55,15 @@ def _filling(fill, dtype, like):
             -1 if kind is not None else 255 if dtype == torch.uint8 else torch.iinfo(dtype).min
     if like.dtype != dtype:                     # the bits of a type that torch only stores
         return torch.full((), float(fill), dtype=torch.float32, device=like.device).to(dtype).view(like.dtype) if dtype.is_floating_point \
-            else torch.full((), int(fill), dtype=like.dtype, device=like.device)
+            else torch.full((), _wrapped(int(fill), like.dtype), dtype=like.dtype, device=like.device)
     return torch.full((), fill, dtype=like.dtype, device=like.device)
+
+
+def _wrapped(value: int, dtype) -> int:
+    """An unsigned number as the signed one of the same bits."""
+    bits = 8 * dtype.itemsize
+    value &= 2**bits - 1
+    return value - 2**bits if dtype.is_signed and value >> (bits - 1) else value
 
 
 def _rows(numbers, sizes, shape, rank: int):

@@ -21,7 +21,17 @@ import torch
 from qfunc._paths import leaf_path
 from qfunc._qtensor import QTensor
 
-from . import _lax_collective, _lax_control, _lax_dots, _lax_elementwise, _lax_indexing, _lax_random, _lax_reductions, _lax_shapes  # noqa: F401
+from . import (  # noqa: F401
+    _lax_collective,
+    _lax_control,
+    _lax_dots,
+    _lax_elementwise,
+    _lax_indexing,
+    _lax_integers,
+    _lax_random,
+    _lax_reductions,
+    _lax_shapes,
+)
 from ._arrays import narrowed, numpy_dtype, to_tensor
 from ._build import Builder, UnknownPrimitive
 from ._program import Program

@@ -1,5 +1,6 @@
 """Where torch and JAX part ways at the edges of `to_torch` and `place`: shared codes, cached traces, storage, ends of integer ranges."""
 
+import jax
 import jax.numpy as jnp
 import npu_cpu
 import npu_weights
@@ -56,3 +57,45 @@ def test_static_numbers_that_are_equal_are_not_the_same():
     for _ in range(3):
         assert np.isnan(handed(torch.ones(1), float("nan"))[1])
     assert len(cast._traces) == 3 and len(handed._traces) == 3
+
+
+ENDS = {name: [np.iinfo(name).min, np.iinfo(name).min + 1, 0, 1, 7, np.iinfo(name).max] + [-1] * name.startswith("int")
+        for name in ("int8", "int16", "int32", "uint8", "uint16", "uint32")}
+
+
+def agrees(function, *arrays):
+    got = cann.to_torch(function)(*map(cann.to_tensor, arrays))
+    want = np.asarray(function(*arrays))
+    assert str(got.dtype).removeprefix("torch.") == want.dtype.name
+    np.testing.assert_array_equal(np.asarray(cann.to_array(got)), want)
+
+
+@pytest.mark.parametrize("dtype", ENDS)
+@pytest.mark.parametrize("function", [jax.lax.div, jax.lax.rem], ids=["div", "rem"])
+def test_division_at_the_ends_of_integers(function, dtype):
+    x, y = (jnp.asarray(a.reshape(-1)) for a in np.meshgrid(*[np.asarray(ENDS[dtype], dtype)] * 2))
+    agrees(function, x, y)
+    for value in ENDS[dtype]:
+        agrees(lambda x, value=value: function(x, jnp.full((), value, dtype)), x)
+
+
+@pytest.mark.parametrize("dtype", ENDS)
+def test_signs_and_shifts_of_integers_with_the_highest_bit(dtype, rng):
+    x = jnp.asarray([*ENDS[dtype], *rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, 20, endpoint=True)], dtype)
+    agrees(jax.lax.sign, x)
+    for shift in (jax.lax.shift_right_arithmetic, jax.lax.shift_right_logical, jax.lax.shift_left):
+        agrees(shift, x, jnp.asarray(rng.integers(0, x.dtype.itemsize * 8 + 2, x.shape), dtype))
+        agrees(lambda x, shift=shift: shift(x, jnp.full_like(x, 1)), x)
+    if dtype == "uint8":
+        assert cann.to_torch(jax.lax.shift_right_arithmetic)(*(torch.tensor([n], dtype=torch.uint8) for n in (200, 1))).tolist() == [228]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "float8_e4m3fn", "bfloat16"])
+def test_rows_beyond_a_table_of_any_type_are_filled(dtype, rng):
+    table, ids = jnp.asarray(rng.integers(0, 200, (5, 3)), dtype), jnp.asarray([0, 7, -9, 4], jnp.int32)
+    for fill in (None, 0, 3) if dtype.startswith(("u", "i")) else (None, 0):
+        def rows(x, i, fill=fill):
+            return jnp.take(x, i, axis=0, mode="fill", fill_value=fill)
+
+        got, want = cann.to_torch(rows)(*map(cann.to_tensor, (table, ids))), rows(table, ids)
+        np.testing.assert_array_equal(np.asarray(cann.to_array(got), np.float32), np.asarray(want, np.float32))
