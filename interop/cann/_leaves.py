@@ -13,7 +13,8 @@ from qfunc.kernels._dispatch import Packed
 _CARRIED = {"bfloat16": (np.uint16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
             "float8_e5m2": (np.uint8, torch.float8_e5m2)}
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "float64": torch.float64, "int8": torch.int8, "uint8": torch.uint8,
-          "int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool,
+          "int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "uint16": torch.uint16, "uint32": torch.uint32,
+          "uint64": torch.uint64, "bool": torch.bool,
           **{name: dtype for name, (_, dtype) in _CARRIED.items()}}
 
 

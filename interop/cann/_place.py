@@ -53,7 +53,8 @@ def place(params, device: str = "npu", soc: str = "A2", *, dtype: str | None = N
         experts: pattern of the paths whose last three axes are a stack of experts, by default those with a segment `experts`; other
             leading axes are layers, placed one by one.
 
-    Returns: the tree with `Placed` for every QTensor and torch tensors for arrays. The same QTensor placed twice is the same `Placed`.
+    Returns: the tree with `Placed` for every QTensor and torch tensors for arrays; typed PRNG keys stay as they are, `to_torch` takes
+    them. The same QTensor placed twice is the same `Placed`.
 
     Raises: PlacementError (a ValueError) that lists every weight that was refused, each with the rule it breaks and what would do instead.
     """
@@ -119,7 +120,7 @@ def _pattern_list(dequantize) -> list[str]:
 def _plain(leaf, device: torch.device):
     if isinstance(leaf, torch.Tensor):
         return leaf.to(device)
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     tensor = to_torch(leaf)
     return tensor if tensor.is_meta else tensor.to(device)
