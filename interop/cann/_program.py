@@ -42,6 +42,7 @@ class Program:
     outputs: tuple[int, ...]
     held: tuple[bool, ...]
     tensors: dict[Any, dict[int, torch.Tensor]] = field(default_factory=dict)
+    storages: dict[Any, frozenset] = field(default_factory=dict)
     checked: bool = False
 
     def __call__(self, args: Sequence, device) -> list:
@@ -66,7 +67,18 @@ class Program:
         finally:
             _current.reset(token)
         self.checked = True
-        return [values[slot] for slot in self.outputs]
+        results, constants = [values[slot] for slot in self.outputs], self._kept(device)
+        # A constant is for every call, and on the host the array of JAX itself: a caller who writes to a result must not reach it.
+        return [v.clone() if constants and torch.is_tensor(v) and _storage(v) in constants else v for v in results]
+
+    def _kept(self, device) -> frozenset:
+        """The storages of the constants that are kept from call to call."""
+        key = str(device)
+        if key not in self.tensors or _capturing():
+            return frozenset()
+        if key not in self.storages:
+            self.storages[key] = frozenset(map(_storage, self.tensors[key].values()))
+        return self.storages[key]
 
     def _constants(self, device) -> dict:
         if not self.constants:
@@ -86,6 +98,10 @@ _current: contextvars.ContextVar = contextvars.ContextVar("qfunc_torch_device")
 def device():
     """Where the program that runs creates tensors from nothing."""
     return _current.get()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _capturing() -> bool:

@@ -99,3 +99,39 @@ def test_rows_beyond_a_table_of_any_type_are_filled(dtype, rng):
 
         got, want = cann.to_torch(rows)(*map(cann.to_tensor, (table, ids))), rows(table, ids)
         np.testing.assert_array_equal(np.asarray(cann.to_array(got), np.float32), np.asarray(want, np.float32))
+
+
+def test_writing_to_a_result_leaves_constants_as_they_are(rng):
+    first, second = jnp.asarray(rng.standard_normal(6), jnp.float32), np.asarray(rng.standard_normal(6), np.float32)
+    kept = np.array(first), np.array(second)
+
+    def loop(x):
+        return jax.lax.fori_loop(0, 2, lambda i, carry: (carry[0] + 1, jnp.asarray(second)), (x, jnp.zeros(6)))
+
+    def function(x):
+        return x + 1, first, first.reshape(2, 3).T, jnp.asarray(second), {"inner": jax.jit(lambda: first)()}, loop(x)
+
+    run = cann.to_torch(function)
+    for _ in range(2):
+        found = jax.tree.leaves(run(torch.ones(6)))
+        for got, want in zip(found, jax.tree.leaves(function(jnp.ones(6))), strict=True):
+            np.testing.assert_allclose(got.numpy(), np.asarray(want), rtol=1e-6)
+            got.zero_()
+    np.testing.assert_array_equal(first, kept[0])
+    np.testing.assert_array_equal(second, kept[1])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_unsigned_arrays_and_keys_are_placed_and_come_back(dtype, rng):
+    values = rng.integers(0, np.iinfo(dtype).max, (2, 3), dtype, endpoint=True)
+    tree = {"array": jnp.asarray(values), "numpy": values, "wide": rng.integers(0, 2**64, 3, np.uint64), "raw": jax.random.PRNGKey(7),
+            "typed": jax.random.key(7), "shape": jax.ShapeDtypeStruct((2,), dtype)}
+    placed = cann.place(tree, "cpu", "A2")
+    assert placed["array"].dtype == placed["shape"].dtype == getattr(torch, dtype) and placed["wide"].dtype == torch.uint64
+    assert placed["shape"].is_meta and placed["typed"] is tree["typed"]
+    back = cann.restore({name: leaf for name, leaf in placed.items() if name not in ("shape", "typed")})
+    for name, leaf in back.items():
+        np.testing.assert_array_equal(leaf, np.asarray(tree[name]), strict=True)
+    drawn = cann.to_torch(lambda keys: [jax.random.uniform(key, (4,)) for key in keys])([placed["raw"], placed["typed"]])
+    want = np.asarray(jax.random.uniform(tree["raw"], (4,)))
+    assert all(np.array_equal(got.numpy(), want) for got in drawn)
