@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
+from jax.extend import backend
 
-from ._dispatch import DESCRIBE, IMPLEMENTATIONS, choose, shape_struct, targeted
+from ._dispatch import DESCRIBE, IMPLEMENTATIONS, PLATFORMS, choose, shape_struct, targeted
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Explanation(tuple):
 def explain(fn, *args, platform: str | None = None, **kwargs) -> Explanation:
     """The lowering of every quantized operation in `fn(*args, **kwargs)`, without running or compiling it.
 
-    `platform` is `cpu`, `cuda` or `rocm`; by default that of JAX's default backend. Equal operations are listed once, with their count.
+    `platform` is `cpu`, `cuda`, `rocm`, `gpu` (the one of these two that is here, else `cuda`) or `tpu`; by default that of JAX's default
+    backend. Equal operations are listed once, with their count. Raises ValueError for another name.
     """
-    platform = platform or _default_platform()
+    platform = platform_of(platform)
     traced = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs))(args, kwargs)
     found: dict[Choice, int] = {}
     for equation in _equations(traced.jaxpr):
@@ -58,11 +60,18 @@ def explain(fn, *args, platform: str | None = None, **kwargs) -> Explanation:
     return Explanation(Choice(**{**vars(choice), "count": count}) for choice, count in found.items())
 
 
-def _default_platform() -> str:
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return backend
-    return "rocm" if "rocm" in getattr(jax.devices()[0].client, "platform_version", "").lower() else "cuda"
+def platform_of(asked: str | None, *others: str) -> str:
+    """A platform as lowerings know it: that of JAX's default backend where None is asked for. ValueError for an unknown name."""
+    own = jax.default_backend()
+    name = own if asked is None else asked
+    if name == "gpu":
+        found = backend.backends()
+        return "rocm" if "rocm" in found or "rocm" in getattr(found.get("gpu"), "platform_version", "").lower() else "cuda"
+    # No kernels are made for TPUs: everything runs on the reference there.
+    known = (*PLATFORMS, "gpu", "tpu", *others)
+    if name not in known and name != own:
+        raise ValueError(f"platform: expected one of {', '.join(known)}, found {name!r}")
+    return name
 
 
 def _choice(equation, platform: str) -> Choice:

@@ -6,6 +6,8 @@ import jax
 
 from qfunc._qtensor import QTensor
 
+from ._explain import platform_of
+
 PREPARERS: dict[str, list] = {}
 """Platform to functions (QTensor -> QTensor, or None where the backend keeps the canonical layout), the preferred first."""
 
@@ -13,11 +15,10 @@ PREPARERS: dict[str, list] = {}
 def prepare(params, platform: str | None = None):
     """Lay every packed weight of a pytree out as the kernels of a platform like it best.
 
-    `platform` is `cpu`, `cuda`, `rocm` or `canonical`; by default that of JAX's default backend. Weights for which the canonical layout
-    is best stay as they are. `q.canonical` (and `prepare(params, "canonical")`) undo it exactly.
+    `platform` is `canonical` or one of those of `explain`; by default that of JAX's default backend. Weights for which the canonical layout
+    is best stay as they are. `q.canonical` (and `prepare(params, "canonical")`) undo it exactly. Raises ValueError for another name.
     """
-    from ._explain import _default_platform
-    platform = platform or _default_platform()
+    platform = platform_of(platform, "canonical")
 
     def one(leaf):
         if not isinstance(leaf, QTensor):

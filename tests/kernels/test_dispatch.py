@@ -95,6 +95,30 @@ def test_explain_lists_choices_and_reasons(operands, marked):
     assert "no quantized operation" in repr(qfunc.explain(jnp.sin, x))
 
 
+def test_names_of_platforms_are_checked(operands):
+    x, q = operands
+    assert qfunc.explain(qfunc.matmul, x, q, platform="gpu") == qfunc.explain(qfunc.matmul, x, q, platform="cuda")
+    (tpu,) = qfunc.explain(qfunc.matmul, x, q, platform="tpu")
+    assert tpu.implementation == "reference"
+    for wrong in ("cuad", "CPU", "canonical", ""):
+        with pytest.raises(ValueError, match=f"platform: expected one of cpu, cuda, rocm, gpu, tpu, found '{wrong}'"):
+            qfunc.explain(qfunc.matmul, x, q, platform=wrong)
+    with pytest.raises(ValueError, match="rocm, gpu, tpu, canonical, found 'cuad'"):
+        qfunc.kernels.prepare({"kernel": q}, "cuad")
+    for known in (None, "cpu", "gpu", "canonical"):
+        assert qfunc.kernels.prepare({"kernel": q}, known)["kernel"].canonical.codes.shape == q.codes.shape
+
+
+def test_gpu_is_the_kind_that_is_here(monkeypatch):
+    from types import SimpleNamespace
+
+    from qfunc.kernels import _explain
+    for key, version, name in (("gpu", "rocm 70000", "rocm"), ("gpu", "cuda 13000", "cuda"), ("rocm", "", "rocm"), ("cuda", "", "cuda")):
+        found = {key: SimpleNamespace(platform_version=version)}
+        monkeypatch.setattr(_explain.backend, "backends", lambda found=found: found)
+        assert _explain.platform_of("gpu") == name
+
+
 def test_lowers_for_another_platform(operands):
     x, q = operands
     with qfunc.use("reference"):
