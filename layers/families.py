@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
-from qfunc._qtensor import QTensor
-
 from ._typed import typed
+from ._weights import adapt as adapt
 from .config import Latent, ModelConfig, Names, Routing
 from .rope import Rope, yarn_mscale
 
@@ -196,55 +195,3 @@ def model_config(found: Mapping, dtype: str = "float32", **changes) -> ModelConf
     except KeyError as error:
         raise ValueError(f"{kind}: the configuration lacks {error.args[0]!r}") from None
     return ModelConfig(**{"family": kind, "dtype": dtype, **fields, **changes})
-
-
-def adapt(params: Mapping, config: ModelConfig) -> dict:
-    """Parameters as the forward pass takes them: families that keep all experts in one float tensor get `<proj>/{kernel, bias}`.
-
-    Only the structure changes; arrays are shared. Raises: ValueError where a part that every model has is missing, or has another shape
-    than the configuration says.
-    """
-    params = _settled(params, config)
-    model = params.get("model")
-    if not isinstance(model, Mapping) or not {"embed_tokens", "layers", "norm"} <= model.keys():
-        raise ValueError(f"parameters of {config.family}: expected model/embed_tokens, model/layers and model/norm, found "
-                         + ", ".join(sorted(model if isinstance(model, Mapping) else params)))
-    missing = [i for i in range(config.num_hidden_layers) if str(i) not in model["layers"]]
-    if missing:
-        raise ValueError(f"model/layers/{missing[0]}: expected {config.num_hidden_layers} layers, found {len(model['layers'])}")
-    if "lm_head" not in params and not config.tied:
-        raise ValueError("lm_head: expected an output layer, as the configuration does not tie it to the embeddings, found none")
-    _check_shapes(params, config)
-    return params
-
-
-def _check_shapes(params: Mapping, config: ModelConfig) -> None:
-    """Raise ValueError at the first leaf whose sizes are not those of the configuration; a vocabulary may be padded."""
-    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    shared = config.num_key_value_heads * config.head_dim
-    wanted = {"q_proj": (hidden, queries), "k_proj": (hidden, shared), "v_proj": (hidden, shared), "o_proj": (queries, hidden)}
-    if config.latent is not None:
-        wanted = {}
-    for index in range(config.num_hidden_layers):
-        attention = params["model"]["layers"][str(index)].get("self_attn", {})
-        for name, shape in wanted.items():
-            found = attention[name]["kernel"].shape if name in attention and "kernel" in attention[name] else shape
-            if tuple(found) != shape:
-                raise ValueError(f"model/layers/{index}/self_attn/{name}: expected {shape} from hidden_size, head_dim and the numbers of "
-                                 f"heads, found {tuple(found)}")
-    table = next(leaf for name, leaf in params["model"]["embed_tokens"].items() if name in ("weight", "kernel"))
-    rows, columns = table.shape[::-1] if isinstance(table, QTensor) else table.shape
-    if columns != hidden or rows < config.vocab_size:
-        raise ValueError(f"model/embed_tokens: expected vocab_size {config.vocab_size} by hidden_size {hidden}, found {rows} by {columns}")
-
-
-def _settled(node, config: ModelConfig):
-    if not isinstance(node, Mapping):
-        return node
-    out = {name: _settled(value, config) for name, value in node.items()}
-    for name in (config.names.gate_up, config.names.down) if config.names.gate_up else ():
-        value = out.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            bias = out.pop(f"{name}_bias", None)
-            out[name] = {"kernel": value} if bias is None else {"kernel": value, "bias": bias}
-    return out

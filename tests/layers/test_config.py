@@ -23,7 +23,8 @@ def config(family: str, **fields):
     ("num_attention_heads", True, "an integer of at least 1"), ("num_hidden_layers", -1, "an integer of at least 1"),
     ("num_key_value_heads", [2, 2], "an integer of at least 1"), ("sliding_window", "8", "an integer of at least 0"),
     ("rms_norm_eps", "1e-5", "a positive number"), ("rope_theta", 0, "a positive number"),
-    ("tie_word_embeddings", "false", "true or false"), ("rope_parameters", "yarn", "an object"), ("eos_token_id", "</s>", "an integer or a list"), ("eos_token_id", [[2]], "an integer or a"),
+    ("tie_word_embeddings", "false", "true or false"), ("rope_parameters", "yarn", "an object"),
+    ("eos_token_id", "</s>", "an integer or a list"), ("eos_token_id", [[2]], "an integer or a"),
     ("layer_types", "full_attention", "a list of names"), ("hidden_act", ["silu"], "a name"),
 ])
 def test_fields_of_another_type_are_refused(field, value, expected):
