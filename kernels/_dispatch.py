@@ -242,6 +242,18 @@ def _runner(call: Call, row: Implementation) -> Callable:
     return jax.jit(run)
 
 
+_EAGER: list[Callable] = []
+"""The cached functions of eager calls, one for each primitive."""
+
+
+def forget() -> None:
+    """Choose and trace anew from now on, after what choices depend on has changed. What a caller has jitted stays as it was compiled."""
+    _runner.cache_clear()
+    _failed.clear()
+    for compiled in _EAGER:
+        compiled.cache_clear()
+
+
 @functools.lru_cache(maxsize=1024)
 def _warn(chosen: str, name: str, reason: str) -> None:
     warnings.warn(f"a quantized operation runs on {chosen!r}: {name!r} refused, {reason}", FallbackWarning, stacklevel=2)
@@ -276,6 +288,7 @@ def define(primitive, describe: Callable[..., Call]) -> None:
     def compiled(params: tuple):
         return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
+    _EAGER.append(compiled)
     primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import _dispatch
 from .._dispatch import Call
 from . import _image, _launch, _target
 from ._launch import Config, Target
@@ -123,9 +124,10 @@ def _folder(path: Path) -> tuple[Table, ...]:
 
 
 def reload() -> None:
-    """Read the files again: after tables were written."""
+    """Read the files again, after tables were written, for every call that is lowered from now on."""
     _folder.cache_clear()
     tables.cache_clear()
+    _dispatch.forget()
 
 
 @functools.lru_cache(maxsize=64)

@@ -70,6 +70,22 @@ def test_a_refused_call_falls_back_with_one_warning_and_a_forced_one_raises(oper
         jax.jit(lambda x: qfunc.matmul(x, q))(half)
 
 
+def test_what_was_traced_is_traced_anew_once_choices_have_changed(operands, marked):
+    x, q = operands
+    traced = []
+    IMPLEMENTATIONS["quantized_matmul"].insert(0, row := Implementation(
+        "counted", ("cpu",), lambda call, platform: None, lambda call, *o: traced.append(call) or marked.run(call, *o)))
+    try:
+        for count in (1, 1, 2):
+            if count == 2:
+                _dispatch.forget()
+            qfunc.matmul(x, q)
+            assert len(traced) == count
+    finally:
+        IMPLEMENTATIONS["quantized_matmul"].remove(row)
+        _dispatch.forget()
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="reference"), qfunc.use("tritron"):
         pass

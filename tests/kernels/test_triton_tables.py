@@ -3,8 +3,12 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import lowered
 import pytest
 
+import qfunc
 from qfunc.kernels.triton import _image, _launch, _lowering, _model, _tables, tune
 from qfunc.kernels.triton._launch import Config, Target
 from qfunc.kernels.triton._tables import Row, Table
@@ -177,6 +181,21 @@ def test_a_dry_run_writes_a_table_that_is_used(user, capsys):
     assert _tables.config(call, "sm_90") == measured.config
     assert tune.main(given) == 0 and _tables.read(user / "nvidia_h200.json").provenance == written.provenance
     assert "of the bound" in capsys.readouterr().out
+
+
+def test_a_table_that_is_written_is_used_for_calls_that_were_lowered_before(user, monkeypatch):
+    q = jax.eval_shape(lambda: qfunc.quantize({"kernel": jnp.ones((512, 64))}, "w4a16_g128")["kernel"])
+
+    def lower():
+        return lowered.lower(lambda x, q: qfunc.matmul(x, q), jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), q)
+
+    written = _image.write                                      # what lowers without compiling keeps nothing on disk
+    with lowered.without_compiling(monkeypatch):
+        before = lower()
+        assert lower() == before
+        monkeypatch.setattr(_image, "write", written)
+        tune.write(table([row(4, 64, 512, 1.0, block_n=32, num_warps=8)]), user)
+        assert lower() != before
 
 
 def test_without_a_gpu_the_tuner_says_so(capsys, monkeypatch):
