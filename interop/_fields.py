@@ -11,7 +11,8 @@ from collections.abc import Iterator
 CALIBRATED, TENSORS = "how it was calibrated", "the tensors tell"
 
 _TENSOR = {
-    "observer": CALIBRATED, "observer_kwargs": CALIBRATED, "actorder": "the tensors tell: `weight_g_idx`", "zp_dtype": TENSORS,
+    "observer": CALIBRATED, "observer_kwargs": CALIBRATED, "zp_dtype": TENSORS,
+    "actorder": "read: group or true needs `weight_g_idx`, which tells the order",
 }
 _CT_WEIGHTS = {
     "num_bits": "read", "type": "read: int or float", "symmetric": "read", "strategy": "read, or implied by group_size",
@@ -62,7 +63,7 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
             "kernel_preference": "a choice of kernels", "mm_config": "a choice of kernels"},
     },
     "gptq": {
-        "dynamic/*": {"bits": "read", "group_size": "read", "sym": "read", "desc_act": TENSORS, "damp_percent": CALIBRATED,
+        "dynamic/*": {"bits": "read", "group_size": "read", "sym": "read", "desc_act": "read", "damp_percent": CALIBRATED,
                       "mse": CALIBRATED, "static_groups": CALIBRATED, "act_group_aware": CALIBRATED},
     },
     "auto-round": {

@@ -26,6 +26,7 @@ class Settings:
     group: int | None
     version: str
     bits: int
+    zeros: bool = False
 
 
 def settings(source: Source) -> Settings:
@@ -33,16 +34,18 @@ def settings(source: Source) -> Settings:
     bits = quant.integer("bits", "w_bit", low=1, high=8)
     if bits != 4 and not (quant.get("provider") == "auto-round" and bits in (5, 6, 7)):
         raise quant.fail("bits", "4 (auto-round: 5, 6 and 7, too)")
-    quant.boolean("zero_point", True)
+    zeros = quant.boolean("zero_point")
     version = quant.choice("version", VERSIONS, quant.choice("checkpoint_format", VERSIONS, "gemm"))
     if bits != 4 and version != "gemm":
         raise quant.fail("version", f"gemm for {bits} bits", version)
-    return Settings(quant.group_size("group_size", "q_group_size", default=128), version, bits)
+    return Settings(quant.group_size("group_size", "q_group_size", default=128), version, bits, zeros)
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
     if "qweight" not in parts:
         return None
+    if config.zeros and config.version == "gemm" and "qzeros" not in parts:
+        raise parts.fail("qzeros", "zero points, as zero_point is true", "none")
     return gemm_layer(config.group, parts, config.bits) if config.version == "gemm" else VERSIONS[config.version](config.group, parts)
 
 
@@ -151,7 +154,7 @@ def fast_layer(size: int | None, parts: Parts) -> Layer:
 VERSIONS = {"gemm": gemm_layer, "gemv": gemv_layer, "gemv_fast": fast_layer}
 FIELDS = {
     "quant_method": "read", "bits": "read: 4, from auto-round 5 to 7, too", "w_bit": "read where bits is absent", "group_size": "read",
-    "q_group_size": "read where group_size is absent", "zero_point": "checked; the tensors tell",
+    "q_group_size": "read where group_size is absent", "zero_point": "read: true needs qzeros",
     "version": "read: gemm, gemv or gemv_fast",
     "checkpoint_format": "read where version is absent", "format": "repeats checkpoint_format", "method": "repeats quant_method",
     "modules_to_not_convert": "not needed: the tensors tell", "backend": "a choice of kernels", "do_fuse": "a choice of kernels",

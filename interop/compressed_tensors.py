@@ -258,7 +258,7 @@ def packed_layer(config: Config, act: ActivationSpec | None, parts: Parts) -> La
             readers["zero"] = lambda: np.ascontiguousarray(_unpack(zeros.read().view(np.uint32).T, bits, outs, dense_zeros).T)
     elif not symmetric:
         raise parts.fail("weight_zero_point", "zero points of an asymmetric weight", "none")
-    order = _order(parts, grain, ins, groups)
+    order = _order(parts, grain, ins, groups, config.get("actorder") in (True, "group", "dynamic"))
     code = f"int{bits}" if symmetric else f"uint{bits}"
     scheme = named(WeightSpec(code, grain, None if symmetric else "int", kind, scale_rule="amax_half" if symmetric else "minmax",
                               actorder=order is not None), act)
@@ -282,8 +282,11 @@ def _unpack(words: np.ndarray, bits: int, count: int, dense: bool) -> np.ndarray
     return (stream if dense else padded_words)(np.ascontiguousarray(words), bits, count)
 
 
-def _order(parts: Parts, grain: Granularity, ins: int, groups: int) -> np.ndarray | None:
+def _order(parts: Parts, grain: Granularity, ins: int, groups: int, needed: bool) -> np.ndarray | None:
     if "weight_g_idx" not in parts:
+        if needed and groups > 1:
+            # Ordered by weight alone ("weight", "static"), the groups are runs of inputs.
+            raise parts.fail("weight_g_idx", "the group of each input, as actorder says", "none")
         return None
     index = parts.take("weight_g_idx", ("I32", "I64"), (ins,)).read().astype(np.int64)
     if grain.kind != "group" or (index == -1).all():
@@ -329,7 +332,7 @@ READERS = {
 FIELDS = {
     "quant_method": "read", "format": "read", "config_groups": "read: targets, format, weights (num_bits, type, symmetric, strategy, "
     "group_size, block_structure), input_activations (the same, dynamic, scale_dtype); output_activations must be null; observer, "
-    "observer_kwargs, actorder, zp_dtype say how it was calibrated", "ignore": "read", "kv_cache_scheme": "read: type, num_bits, strategy, "
+    "observer_kwargs, zp_dtype say how it was calibrated", "ignore": "read", "kv_cache_scheme": "read: type, num_bits, strategy, "
     "symmetric", "quantization_status": "read: compressed or frozen", "sparsity_config": "read: format", "transform_config":
     "read: only transforms that are in the weights already",
     "global_compression_ratio": "not needed", "version": "not needed: shapes tell the packing",

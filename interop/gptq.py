@@ -27,7 +27,7 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a layer needs to know; `overrides` are GPTQModel's `dynamic` rules."""
+    """What a layer needs to know; `overrides` are GPTQModel's `dynamic` rules; `ordered`: the inputs' groups are no runs of them."""
 
     bits: int
     group: int | None
@@ -35,6 +35,7 @@ class Settings:
     v2: bool
     config: Config
     overrides: dict
+    ordered: bool = False
 
     def of(self, module: str) -> Settings | None:
         """The settings of one module, None where it is to stay in float."""
@@ -45,7 +46,8 @@ class Settings:
             return None
         override = Config(self.overrides[rule], self.config.where, f"dynamic[{rule!r}].")
         return replace(self, bits=width(override, self.bits, self.config.get("provider")),
-                       group=override.group_size("group_size", default=self.group), symmetric=override.boolean("sym", self.symmetric))
+                       group=override.group_size("group_size", default=self.group), symmetric=override.boolean("sym", self.symmetric),
+                       ordered=override.boolean("desc_act", self.ordered))
 
 
 def width(config: Config, default, provider) -> int:
@@ -60,9 +62,8 @@ def settings(source: Source) -> Settings:
     quant = source.quant
     quant.choice("pack_dtype", ("int32",), "int32")
     form = quant.choice("checkpoint_format", ("gptq", "gptq_v2", ""), quant.choice("format", ("gptq", "gptq_v2", ""), "gptq"))
-    quant.boolean("desc_act")
     return Settings(width(quant, REQUIRED, quant.get("provider")), quant.group_size("group_size"), quant.boolean("sym", True),
-                    form == "gptq_v2", quant, quant.sections("dynamic"))
+                    form == "gptq_v2", quant, quant.sections("dynamic"), quant.boolean("desc_act"))
 
 
 def layer(config: Settings, parts: Parts) -> Layer | None:
@@ -88,7 +89,7 @@ def packed_layer(config: Settings, parts: Parts) -> Layer:
     zeros = parts.take("qzeros", "I32", (groups, -(-outs * bits // 32))) if "qzeros" in parts else None
     if zeros is None and not config.symmetric:
         raise parts.fail("qzeros", "zero points of an asymmetric layer", "none")
-    order = _order(parts, ins, size, groups)
+    order = _order(parts, ins, size, groups, config.ordered)
     grain = CHANNEL if groups == 1 else group(size)
     scheme = named(WeightSpec(f"int{bits}" if config.symmetric else f"uint{bits}", grain, None if config.symmetric else "int",
                               KINDS[scales.dtype], scale_rule="amax_half" if config.symmetric else "minmax", actorder=order is not None))
@@ -116,13 +117,12 @@ def _codes(words: np.ndarray, bits: int, ins: int, order, code: str) -> np.ndarr
     return np.bitwise_xor(codes, np.uint8(128), out=codes).view(np.int8) if code == "int8" else codes
 
 
-def _order(parts: Parts, ins: int, size: int, groups: int) -> np.ndarray | None:
+def _order(parts: Parts, ins: int, size: int, groups: int, needed: bool) -> np.ndarray | None:
     """The order of the inputs that makes the groups consecutive, None where they are already."""
-    if "g_idx" not in parts:
-        return None
-    tensor = parts.take("g_idx", "I32", [(ins,), (0,)])
-    index = tensor.read()
+    index = parts.take("g_idx", "I32", [(ins,), (0,)]).read() if "g_idx" in parts else np.zeros(0, np.int32)
     if not index.size:
+        if needed and groups > 1:
+            raise parts.fail("g_idx", "the group of each input, as desc_act is true", "none")
         return None
     if index.min() < 0 or index.max() >= groups:
         raise parts.fail("g_idx", f"groups from 0 to {groups - 1}", f"{index.min()} to {index.max()}")
@@ -137,7 +137,7 @@ def _order(parts: Parts, ins: int, size: int, groups: int) -> np.ndarray | None:
 FIELDS = {
     "bits": "read", "group_size": "read", "sym": "read", "checkpoint_format": "read: v1 or v2 zero points of asymmetric layers",
     "format": "read where checkpoint_format is absent", "dynamic": "read: overrides and skips by module", "pack_dtype": "read: int32 only",
-    "desc_act": "checked; the order itself is in g_idx", "quant_method": "read", "method": "repeats quant_method",
+    "desc_act": "read: true needs the order, which is in g_idx", "quant_method": "read", "method": "repeats quant_method",
     "lm_head": "not needed: the tensors tell", "true_sequential": "how it was calibrated", "damp_percent": "how it was calibrated",
     "static_groups": "how it was calibrated", "meta": "how it was calibrated", "model_file_base_name": "not needed",
     "model_name_or_path": "not needed", "quantizer": "who wrote it", "modules_in_block_to_quantize": "not needed: the tensors tell",

@@ -304,3 +304,32 @@ def test_sparse_weights_of_compressed_tensors(tmp_path, form, kind):
             qfunc.load(checkpoint(tmp_path, under({**tensors, name: wrong}), config))
     with pytest.raises(CheckpointError, match="leaves in float|float layer"):
         qfunc.load(checkpoint(tmp_path, under(tensors), {**config, "ignore": ["re:.*"]}))
+
+
+def test_an_order_or_zero_points_that_the_configuration_names_are_needed(tmp_path, rng):
+    """Without them the weight would load in another order, or around another zero."""
+    random = rng.integers(-2**31, 2**31, (K // 8, N)).astype(np.int32)
+    scales = rng.uniform(.01, .02, (2, N)).astype(np.float16)
+    packed = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+    gptq_layer = {"qweight": random, "scales": scales}
+    ct_layer = {"weight_packed": random.T.copy(), "weight_scale": scales.T.copy(), "weight_shape": np.array([N, K])}
+    awq_layer = {"qweight": random.reshape(K, N // 8), "scales": scales}
+
+    def ct(actorder, size=128):
+        group = {"targets": ["Linear"], "weights": {**packed, "group_size": size, "actorder": actorder}}
+        return {**CT, "format": "pack-quantized", "config_groups": {"group_0": group}}
+    wide = {**gptq_layer, "scales": scales[:1]}
+    for layer, config, message in (
+            (gptq_layer, {**GPTQ, "desc_act": True}, "g_idx: expected the group of each input, as desc_act is true, found none"),
+            ({**gptq_layer, "g_idx": np.zeros(0, np.int32)}, {**GPTQ, "desc_act": True}, "g_idx: expected the group"),
+            (gptq_layer, {**GPTQ, "dynamic": {"+:.*": {"desc_act": True}}}, "g_idx: expected the group"),
+            (ct_layer, ct("group"), "weight_g_idx: expected the group of each input, as actorder says, found none"),
+            (ct_layer, ct(True), "weight_g_idx: expected"), (awq_layer, AWQ, "qzeros: expected zero points, as zero_point is true"),
+            (gptq_layer, {**GPTQ, "desc_act": False}, None), (wide, {**GPTQ, "group_size": -1, "desc_act": True}, None),
+            (ct_layer, ct("weight"), None), (ct_layer, ct(None), None), (awq_layer, {**AWQ, "zero_point": False}, None)):
+        folder = checkpoint(tmp_path, under(layer), config)
+        if message is None:
+            qfunc.load(folder)
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                qfunc.load(folder)
