@@ -17,6 +17,7 @@ from qfunc._spec import Scheme
 from . import _wan
 from ._detect import quantization
 from ._family import Config, Family, Source
+from ._hub import fetch
 from ._load import Plan, build, make_plan, placer
 from ._refuse import folder_json, inside, refuse
 from ._wan import components
@@ -137,15 +138,14 @@ def _schemes(plan: Plan, dtype: str | None) -> dict[str, Scheme]:
 
 def locate(path: str | Path) -> Path:
     """The local path of a checkpoint, downloaded where `path` is a hub id."""
+    if not str(path):
+        # Path would take it for the current folder.
+        raise CheckpointError("expected a folder, a .gguf or .safetensors file or a hub id, found an empty path")
     local = Path(path)
     if local.exists():
         return local
     if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise CheckpointError(f"{path}: no such file or folder, and huggingface_hub, which could fetch it, is not installed") from None
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model"]))
+        return fetch(path)
     raise CheckpointError(f"{path}: expected a folder, a .gguf or .safetensors file or a hub id, found nothing")
 
 
@@ -172,6 +172,7 @@ def open_source(path: Path) -> tuple[Family | None, Source]:
     if path.is_dir():
         folder, files = path, open_folder(path)
     else:
+        _check_single(path)
         folder, files = path.parent, Files([File(path)])
     config = folder_json(folder, "config.json") or {}
     family, quant = quantization(folder, config)
@@ -182,6 +183,15 @@ def open_source(path: Path) -> tuple[Family | None, Source]:
         if family is not None and family.name == "modelslim":
             quant = Config({_wan.described(key): value for key, value in quant.data.items()}, quant.where)
     return family, Source(folder, config, quant, files, list(files.notes), aliases)
+
+
+def _check_single(path: Path) -> None:
+    """Refuse a file that is no checkpoint by itself."""
+    if path.suffix.lower() != ".safetensors":
+        raise refuse(path, "", "a .gguf or .safetensors file, or the folder of a checkpoint", f"a file {path.suffix or 'without a suffix'}")
+    part = re.fullmatch(r".*-(\d{1,6})-of-(\d{1,6})", path.stem)
+    if part is not None and int(part[2]) > 1:
+        raise refuse(path, "", f"a whole checkpoint; its folder, {path.parent}, has all parts", f"part {int(part[1])} of {int(part[2])}")
 
 
 def logical_dtype(config: dict, plan: Plan) -> str:

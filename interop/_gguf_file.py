@@ -145,6 +145,8 @@ class GgufFile(MappedFile):
 
     def _read(self) -> None:
         cursor = _Cursor(self.memory, self.size, self.path)
+        if self.memory[:8] == b"version ":
+            raise refuse(self.path, "", "the weights themselves", "a pointer of Git LFS to them; `git lfs pull` fetches them")
         if self.memory[:4] != b"GGUF":
             raise refuse(self.path, "magic", "b'GGUF'", repr(bytes(self.memory[:4])))
         cursor.at = 4

@@ -75,6 +75,8 @@ class File(MappedFile):
             length = stream.read(8)
             if len(length) < 8:
                 raise refuse(self.path, "header length", "8 bytes", len(length))
+            if length == b"version ":
+                raise refuse(self.path, "", "the weights themselves", "a pointer of Git LFS to them; `git lfs pull` fetches them")
             count = int.from_bytes(length, "little")
             if not 2 <= count <= min(JSON_LIMIT, self.size - 8):
                 raise refuse(self.path, "header length", f"2 to {min(JSON_LIMIT, self.size - 8)} bytes", count)
