@@ -130,6 +130,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 _WIDE = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, whose scores are scaled by hidden size / heads: llama.cpp tells them, too, by their layers alone."""
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Ids that end a text: of a document, of a turn, of a message."""
 
 
 def config(metadata: dict, architecture: str, tensors: dict) -> dict:
@@ -146,6 +148,9 @@ def config(metadata: dict, architecture: str, tensors: dict) -> dict:
     for key, name in _IDS.items():
         if f"tokenizer.ggml.{key}" in metadata:
             out[name] = metadata[f"tokenizer.ggml.{key}"]
+    ends = [end for key in _ENDS if isinstance(end := metadata.get(f"tokenizer.ggml.{key}"), int)]
+    if len(set(ends)) > 1:
+        out["eos_token_id"] = list(dict.fromkeys(ends))
     embedding = tensors.get("token_embd.weight")
     if embedding is not None:
         out["vocab_size"] = embedding.shape[0]

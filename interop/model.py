@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from qfunc._errors import CheckpointError
 from qfunc._qtensor import QTensor
 from qfunc.layers.cache import FORMATS
-from qfunc.layers.families import adapt, model_config
+from qfunc.layers.families import adapt, ends, model_config
 from qfunc.layers.model import Model
 
-from ._checkpoint import DTYPES, Checkpoint, load, locate
+from ._checkpoint import DTYPES, Checkpoint, is_gguf, load, locate
 from ._gguf_tokenizer import gguf_tokenizer
 from ._online import load_online
+from ._refuse import folder_json
 
 KEPT = ("_scale", "_zero", "correction_bias")
 """Ends of the names of float leaves whose precision matters more than the model's dtype."""
@@ -47,6 +48,7 @@ def load_model(path: str | Path, *, mesh=None, dtype=None, quantize=None, cache:
     fields = {"cache": cache or checkpoint.kv_cache or "float"}
     try:
         config = model_config(checkpoint.config, name, **fields)
+        config = config.replace(eos=tuple(dict.fromkeys((*config.eos, *_other_ends(path)))))
         params = adapt(_cast(checkpoint.params, jnp.dtype(name)), config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -57,8 +59,17 @@ def load_model(path: str | Path, *, mesh=None, dtype=None, quantize=None, cache:
     return Model(params, config, tokenizer, mesh=mesh, notes=checkpoint.notes)
 
 
+def _other_ends(path: Path) -> tuple[int, ...]:
+    """The ids that end a text by `generation_config.json`: chat models have more there than in `config.json`."""
+    found = None if is_gguf(path) else folder_json(path if path.is_dir() else path.parent, "generation_config.json")
+    return ends(found or {})
+
+
 def tokenizer_of(path: Path):
-    """The `tokenizers.Tokenizer` beside a checkpoint, None where there is no file or the package is not installed."""
+    """The `tokenizers.Tokenizer` beside a checkpoint, None where there is no file or the package is not installed.
+
+    It takes texts as they are: lengths that its file cuts or pads to were those of a training.
+    """
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     if not file.exists():
         return None
@@ -67,9 +78,12 @@ def tokenizer_of(path: Path):
     except ImportError:
         return None
     try:
-        return Tokenizer.from_file(str(file))
+        found = Tokenizer.from_file(str(file))
     except Exception as error:                      # tokenizers raises nothing narrower
         raise CheckpointError(f"{file}: expected a tokenizer as the tokenizers package writes it, found {error}") from error
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 def _dtype(asked) -> str:

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict] = {
 """Family to what transformers takes for a field that a `config.json` leaves out, where that is not the same in all of them."""
 
 
-def typed(found: Mapping, family: str) -> dict:
+def typed(found: Mapping, family: str | None = None) -> dict:
     """The configuration without empty fields and with its family's defaults. Raises: ValueError at a field of another type."""
     kept = {name: value for name, value in found.items() if value is not None or name in NULLABLE}
     for expected, good, names in TYPES:

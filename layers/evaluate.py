@@ -78,11 +78,14 @@ def evaluate(model: Model, ids: Sequence[int], *, length: int = 512, stride: int
     Raises: ValueError where the stream is shorter than one window and its last target.
     """
     stride = length if stride is None else stride
+    if length < 1 or batch < 1:
+        raise ValueError(f"evaluate: expected length and batch of at least 1, found {length} and {batch}")
     found = list(windows(ids, length, stride))
     if not found:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length} and its last target")
     if against is not None and against.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"the models have vocabularies of {model.config.vocab_size} and {against.config.vocab_size} tokens")
+    shares = math.lcm(*(own.mesh.shape.get("data", 1) for own in (model, against) if own is not None and own.mesh is not None))
     pieces = [found[i:i + batch] for i in range(0, len(found), batch)]
     total = np.zeros(5)
 
@@ -92,6 +95,9 @@ def evaluate(model: Model, ids: Sequence[int], *, length: int = 512, stride: int
     for piece in track(pieces, "evaluate", progress, running):
         texts = np.stack([text for text, _ in piece])
         counted = np.arange(length) >= length - np.asarray([count for _, count in piece])[:, None]
+        # A mesh takes as many texts as it has shares: more of the last one, which do not count.
+        more = -len(piece) % shares
+        texts, counted = np.pad(texts, ((0, more), (0, 0)), "edge"), np.pad(counted, ((0, more), (0, 0)))
         logits = model(texts[:, :-1])
         others = None if against is None else against(texts[:, :-1])
         total += np.asarray(_sums(logits, others, jnp.asarray(texts[:, 1:]), jnp.asarray(counted)), np.float64)

@@ -57,15 +57,20 @@ def _plain(found: Mapping) -> dict:
     """What nearly all families have."""
     heads = found["num_attention_heads"]
     head_dim = found.get("head_dim") or found["hidden_size"] // heads
-    eos = found.get("eos_token_id", ())
     return {
         "vocab_size": found["vocab_size"], "hidden_size": found["hidden_size"], "num_hidden_layers": found["num_hidden_layers"],
         "num_attention_heads": heads, "num_key_value_heads": found.get("num_key_value_heads") or heads, "head_dim": head_dim,
         "windows": (None,) * found["num_hidden_layers"], "attention_scale": head_dim**-0.5,
         "max_positions": found["max_position_embeddings"], "rms_norm_eps": found.get("rms_norm_eps", 1e-6),
         "hidden_act": found.get("hidden_act") or found.get("hidden_activation") or "silu",
-        "tied": found.get("tie_word_embeddings", False), "eos": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        "tied": found.get("tie_word_embeddings", False), "eos": ends(found),
     }
+
+
+def ends(found: Mapping) -> tuple[int, ...]:
+    """The ids that end a text, of a `config.json` or a `generation_config.json`. Raises: ValueError where they are no integers."""
+    ids = typed({"eos_token_id": found.get("eos_token_id")}).get("eos_token_id", ())
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
 def _llama(found: Mapping) -> dict:

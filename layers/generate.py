@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -54,11 +55,16 @@ def row_keys(seed: int | Sequence[int], rows: int):
 
     Raises: ValueError where there are several and not one per row.
     """
-    if isinstance(seed, Sequence | np.ndarray):
-        if isinstance(seed, str) or len(seed) != rows:
-            raise ValueError(f"seed: expected one number or {rows} of them, found {seed!r}")
+    several = isinstance(seed, Sequence | np.ndarray | jax.Array) and np.ndim(seed) > 0
+    if several and (isinstance(seed, str) or len(seed) != rows):
+        raise ValueError(f"seed: expected one number or {rows} of them, found {seed!r}")
+    for one in seed if several else [seed]:
+        # Larger ones would lose their upper bits, and be others' seeds.
+        if isinstance(one, str | bool) or not hasattr(one, "__index__") or not 0 <= int(one) < 2**32:
+            raise ValueError(f"seed: expected integers from 0 to 2**32 - 1, found {one!r}")
+    if several:
         return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed, jnp.uint32))
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(int(seed))))(jnp.arange(rows))
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -80,7 +86,9 @@ def unpadded(ids, mask) -> list[np.ndarray]:
     Raises: ValueError where the shapes differ, a row has no token, or padding stands between tokens.
     """
     ids, mask = np.asarray(ids), np.asarray(mask, bool)
-    if ids.shape != mask.shape or ids.ndim != 2:
+    if ids.ndim != 2:
+        raise ValueError(f"mask: expected it beside ids [batch, tokens], found ids {ids.shape}")
+    if ids.shape != mask.shape:
         raise ValueError(f"mask: expected the shape of the ids {ids.shape}, found {mask.shape}")
     first, last = mask.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1)
     if not mask.any(1).all() or (mask.sum(1) != last - first).any():
@@ -131,9 +139,9 @@ def generate(apply: Callable, params, ids, config: ModelConfig, *, max_new_token
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids: expected [batch, tokens] with at least one token, found {ids.shape}")
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("generate: expected max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, found "
-                         f"{max_new_tokens}, {temperature} and {top_p}")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError("generate: expected an integer max_new_tokens >= 1, a finite temperature >= 0 and 0 < top_p <= 1, found "
+                         f"{max_new_tokens!r}, {temperature!r} and {top_p!r}")
     length = -(-(ids.shape[1] + max_new_tokens) // ROUND) * ROUND
     cache = init_cache(config, ids.shape[0], length, pad)
     options = {"apply": apply, "config": config, "greedy": temperature == 0}

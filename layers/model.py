@@ -178,6 +178,11 @@ class Model:
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
+            try:
+                import tokenizers  # noqa: F401 (whether it is there is the question)
+            except ImportError:
+                raise ValueError("this model has no tokenizer, as the package tokenizers, which reads it, is not installed "
+                                 "(pip install tokenizers); pass token ids") from None
             raise ValueError("this model has no tokenizer; pass token ids")
         return self.tokenizer.encode(text).ids
 

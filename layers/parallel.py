@@ -129,8 +129,8 @@ def _kind(keys, axis: str) -> str:
 
 
 def _fitting(works: Callable[[int], bool]) -> str:
-    found = [n for n in range(1, 65) if works(n)]
-    return ", ".join(map(str, found))
+    found = [n for n in range(2, 65) if works(n)]
+    return ", ".join(map(str, [1, *found])) + " devices" if found else "one device alone"
 
 
 def _check_model(config: ModelConfig, count: int, axis: str) -> None:
@@ -150,9 +150,9 @@ def _check_model(config: ModelConfig, count: int, axis: str) -> None:
 
 def _spec(kind: str, leaf, axis: str, count: int, path: str):
     name = path.rpartition("/")[2]
-    if name in ROTATIONS and kind != "whole":
+    if name in ROTATIONS and kind != "whole" and count > 1:
         raise ValueError("an online rotation mixes the inputs of all devices; load it without a mesh")
-    if kind == "whole":
+    if kind == "whole" or count == 1:
         return jax.tree.map(lambda _: P(), leaf)
     if kind == "stack":
         return jax.tree.map(lambda array: P(axis), leaf)
@@ -171,7 +171,7 @@ def _spec(kind: str, leaf, axis: str, count: int, path: str):
 def _divided(leaf, dimension: int, axis: str, count: int):
     size = leaf.shape[dimension]
     if size % count:
-        raise ValueError(f"{size} does not divide; {_fitting(lambda n: size % n == 0)} devices would work")
+        raise ValueError(f"{size} does not divide; {_fitting(lambda n: size % n == 0)} would work")
     return _at(leaf.ndim, dimension, axis)
 
 
@@ -198,7 +198,7 @@ def _column(q: QTensor, axis: str, count: int, path: str):
     if reason is None and not works(count):
         if path.startswith("lm_head/"):
             return jax.tree.map(lambda _: P(), q)
-        reason = f"{outs} outputs" + (f" in blocks of {block}" if block else "") + f" do not divide; {_fitting(works)} devices would work"
+        reason = f"{outs} outputs" + (f" in blocks of {block}" if block else "") + f" do not divide; {_fitting(works)} would work"
     if reason:
         raise ValueError(reason)
     out = {}
@@ -218,11 +218,11 @@ def _row(q: QTensor, axis: str, count: int, path: str):
     def works(n: int) -> bool:
         return ins % n == 0 and ins // n % unit == 0
     if reason is None and not works(count):
-        reason = f"{ins} inputs in units of {unit} do not divide; {_fitting(works)} devices would work"
+        reason = f"{ins} inputs in units of {unit} do not divide; {_fitting(works)} would work"
     if reason is None and q.scheme.activation is not None and q.scheme.activation.granularity.kind == "group" \
             and ins // count % q.scheme.activation.granularity.size:
         size = q.scheme.activation.granularity.size
-        reason = f"groups of {size} activations would be cut; {_fitting(lambda n: ins % (n * size) == 0)} devices would work"
+        reason = f"groups of {size} activations would be cut; {_fitting(lambda n: ins % (n * size) == 0)} would work"
     if reason:
         raise ValueError(reason)
     grouped = weight.granularity.kind in ("group", "block")

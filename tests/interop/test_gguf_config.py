@@ -96,3 +96,9 @@ def test_caps_of_gemma_are_read(tmp_path):
     found = config(tmp_path / "a.gguf", "gemma2", attn_logit_softcapping=7.0, final_logit_softcapping=5.0)
     assert (found.softcap, found.final_softcap) == (7.0, 5.0)
     assert config(tmp_path / "b.gguf", "gemma3", rope__freq_base_swa=77.0).local_rope.rope_theta == 77.0
+
+
+def test_every_id_that_ends_a_text_is_read(tmp_path):
+    ids = {f"tokenizer__ggml__{name}_token_id": number for name, number in (("bos", 1), ("eos", 5), ("eot", 7), ("eom", 5))}
+    assert config(tmp_path / "a.gguf", "llama", **ids).eos == (5, 7)
+    assert config(tmp_path / "b.gguf", "llama", **{key: 5 for key in ids if "bos" not in key}).eos == (5,)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from checkpoints import checkpoint
@@ -69,6 +70,30 @@ def test_perplexity_and_divergence(folder):
     assert alone.nll == pytest.approx(want[1], rel=1e-5) and alone.divergence is None
     with pytest.raises(ValueError, match="fewer than one window"):
         evaluate(model, ids[:9], length=9)
+
+
+def test_windows_that_the_devices_do_not_divide(folder, rng):
+    """The last batch is filled up for a mesh that splits texts, and what fills it does not count."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]).reshape(2, 1), ("data", "tp"))
+    ids = rng.integers(0, 48, 64)
+    want = evaluate(qfunc.load_model(folder), ids, length=9, stride=4)
+    for batch in (3, 4, 64):
+        found = evaluate(qfunc.load_model(folder, mesh=mesh), ids, length=9, stride=4, batch=batch, against=qfunc.load_model(folder))
+        assert (found.tokens, found.agreement) == (want.tokens, 1) and found.nll == pytest.approx(want.nll, rel=1e-5)
+
+
+def test_one_device_takes_every_layer(folder, rng):
+    """No layer is cut, so none needs to divide: 32 inputs are a fourth of a block of packed codes."""
+    ids = rng.integers(0, 48, (2, 9))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("tp",))
+    one, plain = (qfunc.load_model(folder, quantize="w4a16_g32", mesh=own)(ids) for own in (mesh, None))
+    np.testing.assert_allclose(one, plain, atol=1e-4)
+
+
+def test_a_batch_of_nothing_is_refused(folder):
+    for sizes in ({"batch": 0}, {"length": 0}):
+        with pytest.raises(ValueError, match="evaluate: expected length and batch of at least 1"):
+            evaluate(qfunc.load_model(folder), [1, 2, 3], **sizes)
 
 
 def test_documents_end_with_their_own_id(folder):

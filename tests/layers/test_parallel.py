@@ -144,7 +144,7 @@ def test_splits_that_cut_a_group_or_a_batch_are_refused():
     class Wide:                                                            # shapes alone are looked at
         def __init__(self, **sizes):
             self.shape, self.axis_names = sizes, tuple(sizes)
-    with pytest.raises(ValueError, match=r"2 key/value heads cannot be split over 8 devices; 1, 2 would work"):
+    with pytest.raises(ValueError, match=r"2 key/value heads cannot be split over 8 devices; 1, 2 devices would work"):
         shardings(params, model_config(small), Wide(tp=8))
     wide = qfunc.quantize(params, "w4a16_g1024")
     with pytest.raises(ValueError, match=r"down_proj/kernel: 2048 inputs in units of 1024 do not divide; 1, 2 devices would work"):
@@ -159,6 +159,9 @@ def test_splits_that_cut_a_group_or_a_batch_are_refused():
     with pytest.raises(ValueError, match="models with experts"):
         shardings(params, config, Wide(ep=2))
     assert shardings(params, config, Wide(tp=8))
+    odd = qfunc.quantize(params, {"*down_proj/kernel": "w4a16_g2048"})
+    with pytest.raises(ValueError, match=r"down_proj/kernel: 2048 inputs in units of 2048 do not divide; one device alone would work"):
+        shardings(odd, config, Wide(tp=2))
     model = Model(params, config, mesh=Mesh(mesh_of(2).devices.reshape(2, 1), ("data", "tp")))
     for run in (model, model.generate):
         with pytest.raises(ValueError, match="multiple of 2 texts, as the mesh splits them over its axis data, found 1"):
