@@ -25,7 +25,7 @@ def fetch(name: str) -> Path:
         raise CheckpointError(f"{name}: no such file or folder; to read it as a hub id, install huggingface_hub "
                               "(pip install 'qfunc[hub]')") from None
     try:
-        files = hub.list_repo_files(name)
+        files = [entry.rfilename for entry in hub.model_info(name, timeout=10).siblings]
     except Exception:                               # offline, what was fetched before may still be there
         files = None
     wanted = ["*.safetensors", "*.gguf"] if files is None else _wanted(name, files)

@@ -14,12 +14,6 @@ from qfunc import CheckpointError
 FOLDER = DATA / "ct-fp8-dynamic"
 
 
-def raising(error):
-    def run(*args, **kwargs):
-        raise error
-    return run
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """Make a hub that has a list of files and fetches a folder; what it was asked for is its `asked`."""
@@ -31,8 +25,11 @@ def hub(monkeypatch):
             if isinstance(fetched, Exception):
                 raise fetched
             return str(fetched)
-        listed = raising(files) if isinstance(files, Exception) else lambda name: files
-        fake = SimpleNamespace(snapshot_download=download, list_repo_files=listed, asked=asked)
+        def info(name, timeout):
+            if isinstance(files, Exception):
+                raise files
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+        fake = SimpleNamespace(snapshot_download=download, model_info=info, asked=asked)
         monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
         return fake
     return make
