@@ -208,6 +208,9 @@ def largest_tile(call: Call, target: Target, swapped: bool = True) -> tuple[int,
     # Of products of 16 contracted elements in larger tiles, Triton 3.6 makes an empty kernel on sm_100; others spill.
     short = not hopper and (smallest < 32 or smallest < STEP and call.quantized and (later or bits not in (4, 8)))
     largest = 64 * 64 if whole_step or short else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
+    if dot == "f32" and target.backend == "cuda" and not hopper:
+        # Three tf32 products hold each operand three times: larger tiles spill kilobytes, on sm_100 they come out empty.
+        largest = min(largest, 64 * 64 if target.arch == 100 else 64 * 32)
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded or smallest < STEP else 64 * 128
 
