@@ -210,7 +210,7 @@ def largest_tile(call: Call, target: Target, swapped: bool = True) -> tuple[int,
     largest = 64 * 64 if whole_step or short else 64 * 128 if tight else 128 * 128 if fresh or decoded else 128 * 256
     if dot == "f32" and target.backend == "cuda" and not hopper:
         # Three tf32 products hold each operand three times: larger tiles spill kilobytes, on sm_100 they come out empty.
-        largest = min(largest, 64 * 64 if target.arch == 100 else 64 * 32)
+        largest = min(largest, 64 * 64 if target.arch == 100 and smallest >= 32 else 64 * 32)
     crowded = fresh and target.backend == "cuda" and not hopper
     return largest, 64 * 32 if crowded else 64 * 64 if decoded or smallest < STEP else 64 * 128
 
