@@ -133,7 +133,9 @@ def _gemma3(found: Mapping) -> dict:
     entries, positions = found.get("rope_parameters"), found["max_position_embeddings"]
     if entries is None or "full_attention" not in entries:
         entries = {"full_attention": {"rope_theta": found.get("rope_theta", 1e6), **(entries or found.get("rope_scaling") or {})}}
-    local = {"rope_theta": found.get("rope_local_base_freq", 10000.0), **(entries.get("sliding_attention") or {})}
+    local = entries.get("sliding_attention") or {}
+    if isinstance(local, Mapping):
+        local = {"rope_theta": found.get("rope_local_base_freq", 10000.0), **local}
     pattern = found.get("sliding_window_pattern") or found.get("_sliding_window_pattern") or 6
     return {**_gemma2({**found, "rope_parameters": None, "rope_scaling": None}),
             "windows": _windows(found, lambda i: (i + 1) % pattern != 0),

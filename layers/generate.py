@@ -144,7 +144,8 @@ def generate(apply: Callable, params, ids, config: ModelConfig, *, max_new_token
                          f"{max_new_tokens!r}, {temperature!r} and {top_p!r}")
     length = -(-(ids.shape[1] + max_new_tokens) // ROUND) * ROUND
     cache = init_cache(config, ids.shape[0], length, pad)
-    options = {"apply": apply, "config": config, "greedy": temperature == 0}
+    # Below float32's normal numbers a device may divide by zero; the limit is the most likely token.
+    options = {"apply": apply, "config": config, "greedy": temperature < np.finfo(np.float32).tiny}
     keys, draw = row_keys(seed, ids.shape[0]), (jnp.float32(temperature or 1), jnp.float32(top_p))
     token, cache = prefill(params, jnp.asarray(ids, jnp.int32), cache, keys, *draw, **options)
     done = jnp.isin(token, jnp.asarray(config.eos or (-1,), jnp.int32))

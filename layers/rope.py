@@ -17,6 +17,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "factors": ("factors",),
 }
 """`rope_type` to what its entry must have: without it, the numbers would be those of no scaling, or of another one."""
+POSITIVE = frozenset({"factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+"""Fields of an entry by which, or by whose logarithm, something is divided."""
 IGNORED = frozenset({"rope_type", "type", "finetuned", "mrope_section", "mrope_interleaved"})
 """Fields of an entry that change no number of a text: how it came about, and which part of a head turns with an image's rows."""
 
@@ -53,6 +55,8 @@ class Rope:
     @classmethod
     def from_json(cls, found: Mapping, max_positions: int, theta: float | None = None) -> Rope:
         """From an entry of `config.json`; `max_positions` stands in for an absent original length, `theta` for an absent base."""
+        if not isinstance(found, Mapping) or not isinstance(found.get("rope_type", found.get("type")), str | None):
+            raise ValueError(f"rope_parameters: expected an object whose rope_type is a name, found {found!r:.80}")
         known = {f.name for f in fields(cls)} - {"kind"}
         values = {name: value for name, value in found.items() if name not in IGNORED and value is not None}
         unknown = sorted(values.keys() - known)
@@ -97,6 +101,8 @@ def _check_types(values: Mapping) -> None:
             good, expected = isinstance(value, list | tuple) and all(_positive(v) for v in value), "a list of positive numbers"
         elif name == "truncate":
             good, expected = isinstance(value, bool), "true or false"
+        elif name in POSITIVE:
+            good, expected = _positive(value), "a positive number"
         else:
             good, expected = _number(value), "a number"
         if not good:

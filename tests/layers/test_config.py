@@ -44,7 +44,10 @@ def test_a_null_is_an_absent_field():
     ({"rope_type": "linear", "rope_theta": 1e4}, "'linear': expected factor beside it, found rope_theta"),
     ({"rope_type": "llama3", "factor": 8.0}, "expected low_freq_factor, high_freq_factor, original_max_position_embeddings beside it"),
     ({"type": "yarn"}, "'yarn': expected factor"),
-    ({"rope_type": "linear", "factor": "4"}, "factor: expected a number, found '4'"),
+    ({"rope_type": "linear", "factor": "4"}, "factor: expected a positive number, found '4'"),
+    ({"rope_type": "linear", "factor": 0}, "factor: expected a positive number, found 0"),
+    ({"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}, "beta_fast: expected a number, found '32'"),
+    ({"rope_type": ["yarn"], "factor": 4.0}, "expected an object whose rope_type is a name"),
     ({"rope_type": "yarn", "factor": 4.0, "truncate": 1}, "truncate: expected true or false"),
     ({"rope_type": "linear", "factor": 4.0, "llama_4_scaling_beta": 0.1}, "found 'llama_4_scaling_beta'"),
     ({"rope_type": "linear", "factor": 4.0, "factors": [1.0]}, "expected no factors"),
@@ -53,6 +56,12 @@ def test_rotary_entries_without_their_numbers_are_refused(entry, message):
     for field in ("rope_parameters", "rope_scaling"):
         with pytest.raises(ValueError, match=message):
             config("llama", **{field: entry})
+
+
+@pytest.mark.parametrize("name", ["full_attention", "sliding_attention"])
+def test_an_entry_by_kind_of_layer_is_an_object(name):
+    with pytest.raises(ValueError, match="rope_parameters: expected an object .* found 'yarn'"):
+        config("gemma3_text", rope_parameters={"full_attention": {}, "sliding_attention": {}, name: "yarn"})
 
 
 def test_a_rotary_entry_keeps_what_changes_nothing():

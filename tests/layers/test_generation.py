@@ -77,6 +77,11 @@ def test_arguments_that_make_no_sense_are_refused(folder, arguments, message):
         qfunc.load_model(folder).generate([5, 6], **{"max_new_tokens": 2, "temperature": 1.0, **arguments})
 
 
+def test_a_temperature_that_float32_has_not_is_its_limit(folder):
+    model = qfunc.load_model(folder)
+    assert (model.generate([5, 6], max_new_tokens=6, temperature=1e-45) == model.generate([5, 6], max_new_tokens=6)).all()
+
+
 def test_seeds_of_any_integer_kind(folder):
     model = qfunc.load_model(folder)
     texts = [model.generate([5, 6], max_new_tokens=5, temperature=1.0, seed=seed) for seed in ([7], np.asarray([7]), (np.uint32(7),))]
