@@ -143,7 +143,8 @@ def _refuse_idle_schemes(rules, matches, jobs, kept) -> None:
         if rule.scheme is None or pattern in busy or (pattern == "*" and len(rules) > 1):
             continue
         reasons = [f"{path or 'the array'} ({kept[path]})" for path, m in matches.items() if m.pattern == pattern]
-        raise ValueError(f"rule {pattern!r} quantizes nothing: " + (", ".join(reasons[:5]) or "there is no leaf"))
+        hint = "; start from float weights (qfunc.dequantize gives those back)" if any(PACKED in reason for reason in reasons) else ""
+        raise ValueError(f"rule {pattern!r} quantizes nothing: " + (", ".join(reasons[:5]) or "there is no leaf") + hint)
 
 
 def _orientation(path, keys, leaf, found, shapes, root, known) -> Orientation | str:

@@ -155,8 +155,10 @@ def test_static_schemes_take_ids_as_calibration(dense):
         plain.quantize("w8a8_static")
     with pytest.raises(ValueError, match="no tokenizer"):
         plain.quantize("w8a8_static", calibration=["a text"])
-    with pytest.raises(ValueError, match=r"packed already \(w8a8_static\)"):
+    with pytest.raises(ValueError, match="already quantized as w8a8_static.*start from float weights"):
         static.quantize("w4a16_g128")
+    with pytest.raises(ValueError, match=r"packed already \(w8a8_static\)"):
+        static.quantize("w8a8_static", calibration=[IDS])
 
 
 @pytest.mark.parametrize("form", [name for name in FORMATS if name != "float"])
