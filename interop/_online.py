@@ -79,11 +79,12 @@ def load_online(path: Path, asked, progress: bool | None) -> Checkpoint:
     rules = ONLINE.get(name, asked)
     if name in ONLINE and not any("experts" in leaf.path for leaf in plan.leaves):
         raise ValueError(f"quantize={asked!r} quantizes experts alone, and {path} has none")
-    pairs = list(_join(tree, rules if isinstance(rules, Mapping) else {"*": rules}))
     try:
         tree = adapt(tree, model_config(source.config))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    # After `adapt`, which misses what a pair has taken in.
+    pairs = list(_join(tree, rules if isinstance(rules, Mapping) else {"*": rules}))
     params = quantize_params(tree, rules, progress=progress)
     for first, second in pairs:
         _part(params, first, second)

@@ -276,7 +276,6 @@ def fp8_blocks(found: dict) -> dict:
     return out
 
 
-@pytest.mark.slow
 def test_fp8_blocks_are_quantized_again(moe, tmp_path):
     quant = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     small = {**MOE, "num_hidden_layers": 1, "num_experts": 2}
