@@ -10,7 +10,8 @@ def _integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value) -> bool:
+def is_number(value) -> bool:
+    """True for a finite int or float that is no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -21,7 +22,7 @@ TYPES: tuple[tuple[str, Callable[[object], bool], str], ...] = (
      "sliding_window_pattern _sliding_window_pattern"),
     ("an integer of at least 0", lambda value: _integer(value) and value >= 0,
      "sliding_window max_window_layers n_group topk_group n_shared_experts"),
-    ("a positive number", lambda value: _number(value) and value > 0,
+    ("a positive number", lambda value: is_number(value) and value > 0,
      "rms_norm_eps rope_theta rope_local_base_freq partial_rotary_factor query_pre_attn_scalar attn_logit_softcapping "
      "final_logit_softcapping swiglu_limit swiglu_alpha routed_scaling_factor"),
     ("true or false", lambda value: isinstance(value, bool),

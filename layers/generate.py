@@ -36,7 +36,7 @@ def sample(logits, keys, temperature, top_p):
 def largest(logits):
     """The first index of the largest of each row, int32 [B], of `logits` [B, vocab] without NaN.
 
-    Two reductions of numbers, which XLA vectorizes on a CPU, where its reduction of pairs is a loop: a fourth of `argmax`'s time.
+    Two reductions of numbers, which XLA vectorizes on a CPU, where `argmax`, its reduction of pairs, is a loop.
     """
     count = logits.shape[-1]
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

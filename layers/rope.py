@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import jax.numpy as jnp
 import numpy as np
 
+from ._typed import is_number
+
 REQUIRED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "factors": ("factors",),
@@ -104,17 +106,13 @@ def _check_types(values: Mapping) -> None:
         elif name in POSITIVE:
             good, expected = _positive(value), "a positive number"
         else:
-            good, expected = _number(value), "a number"
+            good, expected = is_number(value), "a number"
         if not good:
             raise ValueError(f"rope_parameters: {name}: expected {expected}, found {value!r:.80}")
 
 
-def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _positive(value) -> bool:
-    return _number(value) and value > 0
+    return is_number(value) and value > 0
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

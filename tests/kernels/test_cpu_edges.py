@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import both
 from near import near
 
 import qfunc
@@ -17,15 +18,6 @@ pytestmark = pytest.mark.skipif(_library.isa() is None, reason=f"no native kerne
 
 def normal(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-
-def both(function, *args):
-    """(native, reference) results of one call."""
-    out = []
-    for name in ("native", "reference"):
-        with qfunc.use(name):
-            out.append(function(*args))
-    return out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import both
 
 import qfunc
 from qfunc.kernels import _dispatch
@@ -21,15 +22,6 @@ SHAPES = ((1, 256, 40), (6, 768, 33), (19, 512, 65))
 def relative(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-
-
-def both(function, *args):
-    """(native, reference) results of one call."""
-    out = []
-    for name in ("native", "reference"):
-        with qfunc.use(name):
-            out.append(function(*args))
-    return out
 
 
 def quantized(rng, name, columns, rows, lead=()):

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from checkpoints import checkpoint
+from checkpoints import checkpoint, one_layer
 from typer.testing import CliRunner
 
 import qfunc
@@ -20,16 +20,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermedi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
-
-    def matrix(*shape):
-        return (rng.standard_normal(shape) * 0.2).astype(np.float32)
-    p = "model.layers.0."
-    tensors = {"model.embed_tokens.weight": matrix(48, 32) * 3, "model.norm.weight": np.ones(32, np.float32),
-               p + "input_layernorm.weight": np.ones(32, np.float32), p + "post_attention_layernorm.weight": np.ones(32, np.float32),
-               p + "self_attn.q_proj.weight": matrix(32, 32), p + "self_attn.k_proj.weight": matrix(16, 32),
-               p + "self_attn.v_proj.weight": matrix(16, 32), p + "self_attn.o_proj.weight": matrix(32, 32),
-               **{p + f"mlp.{name}_proj.weight": matrix(32, 32) for name in ("gate", "up", "down")}}
-    path = checkpoint(tmp_path_factory.mktemp("tiny") / "m", tensors, config=CONFIG)
+    path = checkpoint(tmp_path_factory.mktemp("tiny") / "m", one_layer(rng), config=CONFIG)
     tokenizers = pytest.importorskip("tokenizers")
     letters = {chr(97 + i): i + 1 for i in range(26)} | {"<end>": 0, "?": 40}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="?"))

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from checkpoints import checkpoint
+from checkpoints import checkpoint, one_layer
 
 import qfunc
 
@@ -16,15 +16,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermedi
 
 @pytest.fixture
 def folder(tmp_path, rng):
-    def matrix(*shape):
-        return (rng.standard_normal(shape) * 0.2).astype(np.float32)
-    p = "model.layers.0."
-    tensors = {"model.embed_tokens.weight": matrix(48, 32) * 3, "model.norm.weight": np.ones(32, np.float32),
-               p + "input_layernorm.weight": np.ones(32, np.float32), p + "post_attention_layernorm.weight": np.ones(32, np.float32),
-               p + "self_attn.q_proj.weight": matrix(32, 32), p + "self_attn.k_proj.weight": matrix(16, 32),
-               p + "self_attn.v_proj.weight": matrix(16, 32), p + "self_attn.o_proj.weight": matrix(32, 32),
-               **{p + f"mlp.{name}_proj.weight": matrix(32, 32) for name in ("gate", "up", "down")}}
-    return checkpoint(tmp_path / "m", tensors, config=CONFIG)
+    return checkpoint(tmp_path / "m", one_layer(rng), config=CONFIG)
 
 
 @pytest.mark.parametrize(("found", "ends"), [(7, (3, 7)), ([7, 3, 9], (3, 7, 9)), (None, (3,)), ([], (3,))])

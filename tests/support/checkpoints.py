@@ -57,3 +57,15 @@ def archive() -> Path | None:
         return Path(os.environ["QFUNC_FIXTURES"])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qfunc-fixtures"
     return next((p for p in sorted(cache.glob("*")) if p.is_dir() and any(p.glob("*/reference.npz"))), None)
+
+
+def one_layer(rng) -> dict:
+    """Random float32 tensors of a Llama of one layer: 48 tokens, 32 hidden, 2 heads of 16 over 1."""
+    def matrix(*shape):
+        return (rng.standard_normal(shape) * 0.2).astype(np.float32)
+    p = "model.layers.0."
+    return {"model.embed_tokens.weight": matrix(48, 32) * 3, "model.norm.weight": np.ones(32, np.float32),
+            p + "input_layernorm.weight": np.ones(32, np.float32), p + "post_attention_layernorm.weight": np.ones(32, np.float32),
+            p + "self_attn.q_proj.weight": matrix(32, 32), p + "self_attn.k_proj.weight": matrix(16, 32),
+            p + "self_attn.v_proj.weight": matrix(16, 32), p + "self_attn.o_proj.weight": matrix(32, 32),
+            **{p + f"mlp.{name}_proj.weight": matrix(32, 32) for name in ("gate", "up", "down")}}
